@@ -1,0 +1,142 @@
+"""Argument checks: one function for each kind of mistake.
+
+Every message reads ``For 'LoRADense', 'lora_rank' must be a positive int, but got 0 (int).``: who was called, which
+argument, what would be right, what was given.
+"""
+
+import difflib
+import math
+import numbers
+from collections.abc import Iterable
+from typing import Any
+
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Initializer
+from mindspore.ops import Primitive
+
+from mindpet import _compat
+
+FLOAT_TYPES = (mstype.float32, mstype.float16, mstype.bfloat16)
+
+
+class NotPositiveError(TypeError, ValueError):
+    """An int that is zero or negative: the user document calls it a TypeError in places, a ValueError in others."""
+
+
+def shown(value: Any) -> str:
+    """The value and its type, short enough for a message."""
+    text = repr(value)
+    if len(text) > 80:
+        text = text[:77] + "..."
+    return f"{text} ({type(value).__name__})"
+
+
+def near_names(name: Any, known: Iterable[str]) -> list[str]:
+    """Up to three known names that a misspelt one may have meant."""
+    return difflib.get_close_matches(str(name).lower(), sorted(known), n=3, cutoff=0.6)
+
+
+def near(name: Any, known: Iterable[str]) -> str:
+    """``; did you mean 'gelu'?`` when a known name is close, else nothing."""
+    close = near_names(name, known)
+    return f"; did you mean {' or '.join(repr(entry) for entry in close)}?" if close else ""
+
+
+def positive_int(owner: str, name: str, value: Any) -> int:
+    """An int above zero, NumPy's ints included and bools not."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"For '{owner}', '{name}' must be a positive int, but got {shown(value)}.")
+    if value <= 0:
+        raise NotPositiveError(f"For '{owner}', '{name}' must be a positive int, but got {shown(value)}.")
+    return int(value)
+
+
+def boolean(owner: str, name: str, value: Any) -> bool:
+    """A bool and nothing that merely looks like one."""
+    if not isinstance(value, bool):
+        raise TypeError(f"For '{owner}', '{name}' must be a bool, but got {shown(value)}.")
+    return value
+
+
+def non_zero_number(owner: str, name: str, value: Any) -> float:
+    """A finite int or float other than zero."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"For '{owner}', '{name}' must be an int or a float, but got {shown(value)}.")
+    if value == 0 or not math.isfinite(value):
+        raise ValueError(f"For '{owner}', '{name}' must be finite and not 0, but got {shown(value)}.")
+    return value
+
+
+def rate(owner: str, name: str, value: Any, *, allow_int: bool = False) -> float:
+    """A probability in [0, 1). ``lora_dropout`` refuses ints, as documented; the prefix layers take them."""
+    kinds = (int, float) if allow_int else (float,)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        raise TypeError(f"For '{owner}', '{name}' must be a float in [0, 1), but got {shown(value)}.")
+    if not 0.0 <= value < 1.0:
+        raise ValueError(f"For '{owner}', '{name}' must be in [0, 1), but got {shown(value)}.")
+    return float(value)
+
+
+def float_type(owner: str, name: str, value: Any) -> Any:
+    """One of float32, float16 and bfloat16."""
+    if not any(value is kind or (isinstance(value, mstype.Type) and value == kind) for kind in FLOAT_TYPES):
+        raise TypeError(
+            f"For '{owner}', '{name}' must be mindspore.float32, mindspore.float16 or mindspore.bfloat16, "
+            f"but got {shown(value)}."
+        )
+    return value
+
+
+def compute_type(owner: str, name: str, value: Any) -> Any:
+    """A float type that the device can multiply matrices in: a CPU has no bfloat16 kernel."""
+    float_type(owner, name, value)
+    if value == mstype.bfloat16 and _compat.device_target() == "CPU":
+        raise TypeError(
+            f"For '{owner}', '{name}' is bfloat16, but MindSpore has no bfloat16 matrix product on a CPU: "
+            "use float32 or float16 here, or select another device with mindspore.set_device first."
+        )
+    return value
+
+
+def init_value(
+    owner: str, name: str, value: Any, shape: tuple[int, ...] | None = None, *, names_only: bool = False
+) -> Any:
+    """What ``mindspore.common.initializer.initializer`` takes; a Tensor must already have the shape."""
+    kinds = (str, Initializer) if names_only else (Tensor, str, Initializer, numbers.Number)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        allowed = "a str or an Initializer" if names_only else "a Tensor, a str, an Initializer or a number"
+        raise TypeError(f"For '{owner}', '{name}' must be {allowed}, but got {shown(value)}.")
+    if isinstance(value, str):
+        known = _compat.initializer_names()
+        if value.lower() not in known:
+            raise ValueError(
+                f"For '{owner}', '{name}' must be one of {', '.join(sorted(known))}, "
+                f"but got {shown(value)}{near(value, known)}."
+            )
+    if isinstance(value, Tensor) and shape is not None and tuple(value.shape) != tuple(shape):
+        raise ValueError(
+            f"For '{owner}', '{name}' must have shape {tuple(shape)}, but got a Tensor of shape {tuple(value.shape)}."
+        )
+    return value
+
+
+def activation_kind(owner: str, name: str, value: Any) -> Any:
+    """A str, a Cell, a Primitive or None."""
+    if value is not None and not isinstance(value, (str, nn.Cell, Primitive)):
+        raise TypeError(f"For '{owner}', '{name}' must be a str, a Cell, a Primitive or None, but got {shown(value)}.")
+    return value
+
+
+def string(owner: str, name: str, value: Any) -> str:
+    """A str."""
+    if not isinstance(value, str):
+        raise TypeError(f"For '{owner}', '{name}' must be a str, but got {shown(value)}.")
+    return value
+
+
+def cell(owner: str, name: str, value: Any) -> nn.Cell:
+    """A Cell."""
+    if not isinstance(value, nn.Cell):
+        raise TypeError(f"For '{owner}', '{name}' must be a mindspore.nn.Cell, but got {shown(value)}.")
+    return value

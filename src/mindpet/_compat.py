@@ -1,0 +1,59 @@
+"""The only file that touches what is private or version-bound in MindSpore (2.7 to 2.10)."""
+
+import copy
+from typing import Any
+
+import mindspore as ms
+from mindspore import nn
+from mindspore.common import initializer as _initializer
+from mindspore.nn.layer import activation as _activation
+from mindspore.train import CheckpointConfig
+
+
+def device_target() -> str:
+    """``CPU``, ``Ascend`` or ``GPU``: where cells built now will run."""
+    return ms.get_context("device_target")
+
+
+def in_parallel_compile_mode() -> bool:
+    """Whether operators are cut by their strategies: only these two modes read them."""
+    return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def activation_classes() -> dict[str, type[nn.Cell]]:
+    """MindSpore's table of activations by name."""
+    return dict(_activation._activation)
+
+
+def initializer_names() -> set[str]:
+    """The names that ``initializer`` takes, in lower case."""
+    return {name.lower() for name in _initializer._INITIALIZER_ALIAS}
+
+
+def primitives_of(cell: nn.Cell) -> list[Any]:
+    """The operators that a Cell holds itself, in the order in which it made them."""
+    return list(cell._primitives.values())
+
+
+def children(cell: nn.Cell) -> dict[str, nn.Cell]:
+    """The Cells directly below this one, by attribute name."""
+    return {name: child for name, child in cell._cells.items() if child is not None}
+
+
+def own_parameters(cell: nn.Cell) -> dict[str, ms.Parameter]:
+    """The parameters that this Cell holds itself, by attribute name."""
+    return {name: parameter for name, parameter in cell._params.items() if parameter is not None}
+
+
+def set_child(parent: nn.Cell, name: str, child: nn.Cell) -> None:
+    """Put a Cell in the place of another. Plain ``setattr`` would rename the parameters that both share."""
+    parent._cells[name] = child
+    if "cell_list" in vars(parent):  # SequentialCell runs from this cached copy
+        parent.cell_list = list(parent._cells.values())
+
+
+def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:
+    """The same checkpoint configuration, saving `network`."""
+    config = copy.copy(config)
+    config._saved_network = network
+    return config

@@ -1,0 +1,98 @@
+"""The dense layer that the adapted layers share: MindSpore's own, with a choice of computing dtype."""
+
+from typing import TYPE_CHECKING, Any
+
+from mindspore import dtype as mstype
+from mindspore import nn, ops
+
+from mindpet import _checks
+from mindpet.delta.activation import resolve_activation
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+_BORROWED = ("in_channels", "out_channels", "has_bias", "reshape", "matmul", "activation", "activation_flag")
+
+
+class ComputeDense(nn.Dense):
+    r"""A dense layer that multiplies in `compute_dtype`, whatever dtype its weight is kept in.
+
+    .. math:: y = \sigma(x W^T + b)
+
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, y ``(..., out)``. The output has the input's dtype.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        weight_init: Any = "normal",
+        bias_init: Any = "zeros",
+        has_bias: bool = True,
+        activation: Any = None,
+        param_init_type: Any = mstype.float32,
+        compute_dtype: Any = mstype.float16,
+    ):
+        owner = type(self).__name__
+        in_channels = _checks.positive_int(owner, "in_channels", in_channels)
+        out_channels = _checks.positive_int(owner, "out_channels", out_channels)
+        _checks.init_value(owner, "weight_init", weight_init, (out_channels, in_channels))
+        _checks.init_value(owner, "bias_init", bias_init, (out_channels,))
+        _checks.boolean(owner, "has_bias", has_bias)
+        _checks.float_type(owner, "param_init_type", param_init_type)
+        _checks.compute_type(owner, "compute_dtype", compute_dtype)
+        activation = resolve_activation(owner, activation)
+        super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, dtype=param_init_type)
+        self.compute_dtype = compute_dtype
+        self.cast = ops.Cast()
+
+    @classmethod
+    def borrow(cls, dense: nn.Dense) -> "Self":
+        """A layer of this class around the weight, bias and operators of `dense`: nothing is copied.
+
+        Strategies already written on the operators stay. It computes in the dtype of the weight. What the subclass
+        adds beside the dense part is still to be made.
+        """
+        layer = cls.__new__(cls)
+        nn.Cell.__init__(layer)
+        for name in _BORROWED:
+            setattr(layer, name, getattr(dense, name))
+        layer.weight = dense.weight
+        layer.bias = dense.bias if dense.has_bias else None
+        if dense.has_bias:
+            layer.bias_add = dense.bias_add
+        layer.compute_dtype = getattr(dense, "compute_dtype", dense.weight.dtype)
+        layer.cast = ops.Cast()
+        layer.set_train(dense.training)
+        return layer
+
+    def rows_of(self, x):
+        """The input as rows in the computing dtype: (..., in) -> (rows, in)."""
+        if x.ndim != 2:
+            x = self.reshape(x, (-1, x.shape[-1]))
+        return self.cast(x, self.compute_dtype)
+
+    def dense_rows(self, rows):
+        """x W^T + b on rows: (rows, in) -> (rows, out)."""
+        rows = self.matmul(rows, self.cast(self.weight, self.compute_dtype))
+        if self.has_bias:
+            rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))
+        return rows
+
+    def shaped_like(self, rows, x):
+        """Back to the input's leading axes and dtype: (rows, out) -> (..., out)."""
+        if x.ndim != 2:
+            rows = self.reshape(rows, x.shape[:-1] + (rows.shape[-1],))
+        return self.cast(rows, x.dtype)
+
+    def construct(self, x):
+        rows = self.dense_rows(self.rows_of(x))
+        if self.activation_flag:
+            rows = self.activation(rows)
+        return self.shaped_like(rows, x)
+
+    def shard_dense(self, matmul: tuple | None, bias_add: tuple | None) -> None:
+        """Write strategies on the two operators of the dense part."""
+        self.matmul.shard(matmul)
+        if self.has_bias:
+            self.bias_add.shard(bias_add)

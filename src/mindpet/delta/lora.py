@@ -1,0 +1,184 @@
+"""LoRA: Low-Rank Adaptation of Large Language Models. Hu et al. 2021, arXiv:2106.09685, section 4.1.
+
+::
+
+    x ──┬── W (frozen) ────────────────────┬── + ── σ ── y
+        └── dropout ── A ── B ── alpha/r ──┘
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import HeUniform, initializer
+
+from mindpet import _checks
+from mindpet.delta.activation import shard_activation
+from mindpet.delta.dense import ComputeDense
+from mindpet.delta.method import DeltaConfig, Method
+from mindpet.utils.version_control import get_dropout
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(DeltaConfig):
+    """LoRA on every targeted dense layer.
+
+    Attributes:
+        rank: r, rows of A and columns of B.
+        alpha: the branch is scaled by alpha / rank.
+        dropout: probability, on the branch's input, in training only.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        _checks.positive_int("LoRAConfig", "rank", self.rank)
+        _checks.non_zero_number("LoRAConfig", "alpha", self.alpha)
+        _checks.rate("LoRAConfig", "dropout", self.dropout, allow_int=True)
+
+
+class LoRADense(ComputeDense):
+    r"""A dense layer with a trainable low-rank branch beside its weight.
+
+    .. math:: y = \sigma\bigl(x W^T + b + \tfrac{\alpha}{r}\, \mathrm{dropout}(x) A^T B^T\bigr)
+
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, A ``(rank, in)``, B ``(out, rank)``, y ``(..., out)``.
+    B starts at zero, so the layer starts as the dense layer it replaces. Cost: ``rank * (in + out)`` parameters.
+
+    Args:
+        in_channels: size of the input's last axis.
+        out_channels: size of the output's last axis.
+        lora_rank: r, rows of A and columns of B.
+        lora_alpha: the branch is scaled by ``lora_alpha / lora_rank``; not 0.
+        lora_dropout: probability of zeroing an input of the branch, in [0, 1), in training only.
+        lora_a_init: start of A: a Tensor ``(rank, in)``, a name, an Initializer or a number.
+        lora_b_init: start of B: a Tensor ``(out, rank)``, a name, an Initializer or a number.
+        param_init_type: dtype of the parameters.
+        compute_dtype: dtype of the products; bfloat16 where the device has it.
+        weight_init: start of W.
+        bias_init: start of b.
+        has_bias: whether b exists.
+        activation: σ, by name, as a Cell or as a Primitive.
+
+    Raises:
+        TypeError: an argument of the wrong type, an int for `lora_dropout` included.
+        ValueError: an int that is not positive, `lora_alpha` of 0, `lora_dropout` outside [0, 1), an initial Tensor of
+            another shape.
+        KeyError: an activation that MindSpore does not know.
+
+    >>> from mindspore import ops
+    >>> layer = LoRADense(6, 4, lora_rank=2, lora_alpha=4)
+    >>> layer(ops.ones((3, 5, 6))).shape
+    (3, 5, 4)
+    >>> layer.mindpet_delta_lora_a.shape, layer.mindpet_delta_lora_b.shape
+    ((2, 6), (4, 2))
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        lora_rank: int,
+        lora_alpha: int | float,
+        lora_dropout: float = 0.0,
+        lora_a_init: Any = HeUniform(negative_slope=math.sqrt(5)),  # noqa: B008
+        lora_b_init: Any = "zeros",
+        param_init_type: Any = mstype.float32,
+        compute_dtype: Any = mstype.float16,
+        weight_init: Any = "normal",
+        bias_init: Any = "zeros",
+        has_bias: bool = True,
+        activation: Any = None,
+    ):
+        super().__init__(
+            in_channels, out_channels, weight_init, bias_init, has_bias, activation, param_init_type, compute_dtype
+        )
+        self._add_branch(lora_rank, lora_alpha, lora_dropout, lora_a_init, lora_b_init, param_init_type)
+
+    @classmethod
+    def from_dense(cls, dense: nn.Dense, config: LoRAConfig) -> "LoRADense":
+        """The same dense layer, weight and bias shared, with a new branch in the dtype of its weight."""
+        layer = cls.borrow(dense)
+        start = HeUniform(negative_slope=math.sqrt(5))
+        layer._add_branch(config.rank, config.alpha, float(config.dropout), start, "zeros", dense.weight.dtype)
+        return layer
+
+    def _add_branch(self, rank: int, alpha: float, dropout: float, a_init: Any, b_init: Any, dtype: Any) -> None:
+        owner = type(self).__name__
+        rank = _checks.positive_int(owner, "lora_rank", rank)
+        _checks.non_zero_number(owner, "lora_alpha", alpha)
+        _checks.rate(owner, "lora_dropout", dropout)
+        a_shape, b_shape = (rank, self.in_channels), (self.out_channels, rank)
+        _checks.init_value(owner, "lora_a_init", a_init, a_shape)
+        _checks.init_value(owner, "lora_b_init", b_init, b_shape)
+        self.lora_rank, self.lora_alpha = rank, alpha
+        self.mindpet_delta_lora_a = Parameter(initializer(a_init, a_shape, dtype), name="mindpet_delta_lora_a")
+        self.mindpet_delta_lora_b = Parameter(initializer(b_init, b_shape, dtype), name="mindpet_delta_lora_b")
+        self.scaling = Tensor(alpha / rank, self.compute_dtype)
+        self.lora_dropout = get_dropout(dropout)
+        self.lora_a_matmul = ops.MatMul(transpose_b=True)
+        self.lora_b_matmul = ops.MatMul(transpose_b=True)
+        self.mul = ops.Mul()
+        self.add = ops.Add()
+
+    def construct(self, x):
+        rows = self.rows_of(x)  # (rows, in)
+        branch = self.lora_dropout(rows)
+        branch = self.lora_a_matmul(branch, self.cast(self.mindpet_delta_lora_a, self.compute_dtype))  # (rows, rank)
+        branch = self.lora_b_matmul(branch, self.cast(self.mindpet_delta_lora_b, self.compute_dtype))  # (rows, out)
+        out = self.add(self.dense_rows(rows), self.mul(branch, self.scaling))
+        if self.activation_flag:
+            out = self.activation(out)
+        return self.shaped_like(out, x)
+
+    def delta_weight(self) -> Tensor:
+        """What the branch adds to W: ``alpha / rank * B A``, shape ``(out, in)``, in the dtype of B."""
+        a, b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
+        return (
+            ops.matmul(b.astype(mstype.float32), a.astype(mstype.float32))
+            .mul(self.lora_alpha / self.lora_rank)
+            .astype(b.dtype)
+        )
+
+    def shard(
+        self,
+        strategy_org_dense_matmul: tuple | None = None,
+        strategy_org_bias_add: tuple | None = None,
+        strategy_lora_dropout: tuple | None = None,
+        strategy_lora_a_matmul: tuple | None = None,
+        strategy_lora_b_matmul: tuple | None = None,
+        strategy_lora_mul: tuple | None = None,
+        strategy_lora_add: tuple | None = None,
+        strategy_activation: tuple | None = None,
+    ) -> None:
+        """Say how each operator is cut over the devices, in semi-auto or auto parallel mode.
+
+        Each strategy is a tuple with one tuple for each input of the operator; None leaves the operator as it is.
+        All matrix products have ``transpose_b=True``. Strategies of operators that this layer does not have (no bias,
+        no activation) are ignored.
+
+        Raises:
+            TypeError, ValueError: not a tuple of tuples of positive ints, as ``Primitive.shard`` says.
+            ValueError: LogSoftmax as the activation, in a parallel mode.
+        """
+        shard_activation("LoRADense", "strategy_activation", self.activation, strategy_activation)
+        self.shard_dense(strategy_org_dense_matmul, strategy_org_bias_add)
+        self.lora_dropout.dropout.shard(strategy_lora_dropout)
+        self.lora_a_matmul.shard(strategy_lora_a_matmul)
+        self.lora_b_matmul.shard(strategy_lora_b_matmul)
+        self.mul.shard(strategy_lora_mul)
+        self.add.shard(strategy_lora_add)
+
+
+METHOD = Method(
+    name="lora",
+    config=LoRAConfig,
+    trainable=("*mindpet_delta_lora*",),
+    paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
+    adapt={nn.Dense: LoRADense.from_dense},
+    targets=("*.query", "*.value"),
+)

@@ -1,0 +1,16 @@
+"""What works on any tree of Cells and knows no method by name."""
+
+from mindpet.graph.ckpt_util import TrainableParamsCheckPoint
+from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
+from mindpet.graph.inject import inject, replace_cell
+from mindpet.graph.targets import find_targets
+
+__all__ = [
+    "TrainableParamsCheckPoint",
+    "find_targets",
+    "freeze_delta",
+    "freeze_from_config",
+    "freeze_modules",
+    "inject",
+    "replace_cell",
+]

@@ -1,0 +1,86 @@
+"""Which cells of a network a list of patterns means: a pure function that reports, and changes nothing."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from mindspore import nn
+
+from mindpet import _checks, _compat
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What patterns matched.
+
+    Attributes:
+        matched: path to Cell, in the order of the network.
+        misses: each pattern that matched nothing, with the nearest paths.
+    """
+
+    matched: dict[str, nn.Cell]
+    misses: dict[str, list[str]]
+
+    def require_all(self) -> "TargetReport":
+        """This report, if every pattern matched.
+
+        Raises:
+            ValueError: a pattern matched nothing; the message shows near names for each.
+        """
+        if self.misses:
+            lines = [
+                f"  {pattern!r}" + (f"; near it: {', '.join(paths)}" if paths else "")
+                for pattern, paths in self.misses.items()
+            ]
+            raise ValueError("These targets match no cell that the method can adapt:\n" + "\n".join(lines))
+        return self
+
+
+def cells_by_path(network: nn.Cell) -> dict[str, nn.Cell]:
+    """Every Cell below `network` by its path, a shared Cell under each of its paths."""
+    found: dict[str, nn.Cell] = {}
+
+    def walk(cell: nn.Cell, prefix: str) -> None:
+        for name, child in _compat.children(cell).items():
+            path = f"{prefix}{name}"
+            found[path] = child
+            walk(child, path + ".")
+
+    walk(network, "")
+    return found
+
+
+def find_targets(
+    network: nn.Cell,
+    patterns: Sequence[str] | str,
+    kinds: tuple[type[nn.Cell], ...] = (nn.Cell,),
+    exclude: Sequence[str] = (),
+) -> TargetReport:
+    """The cells of those kinds whose path a pattern matches.
+
+    A pattern is an ``fnmatch`` pattern on the whole path; ``"all-linear"`` means every Cell of the kinds.
+
+    >>> network = nn.SequentialCell(nn.Dense(2, 2), nn.ReLU())
+    >>> list(find_targets(network, ["*"], (nn.Dense,)).matched)
+    ['0']
+    """
+    candidates = {path: cell for path, cell in cells_by_path(network).items() if isinstance(cell, kinds)}
+    wanted = ("*",) if patterns == "all-linear" else (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    hits = {pattern: [path for path in candidates if fnmatchcase(path, pattern)] for pattern in wanted}
+    chosen = {path for paths in hits.values() for path in paths}
+    matched = {
+        path: cell
+        for path, cell in candidates.items()
+        if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude)
+    }
+    misses = {pattern: near_paths(pattern, candidates) for pattern, paths in hits.items() if not paths}
+    return TargetReport(matched, misses)
+
+
+def near_paths(pattern: str, paths: Sequence[str] | dict) -> list[str]:
+    """Up to three paths that a misspelt pattern may have meant: the last names are compared."""
+    tail = pattern.replace("*", "").strip(".").split(".")[-1]
+    tails: dict[str, str] = {}
+    for path in paths:
+        tails.setdefault(path.split(".")[-1], path)
+    return [tails[name] for name in _checks.near_names(tail, tails)]

@@ -1,0 +1,1 @@
+"""What the documented import paths need: exceptions and version control."""

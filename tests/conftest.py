@@ -1,0 +1,38 @@
+"""What every test stands on: a CPU, a seed, and both of MindSpore's modes."""
+
+import os
+
+os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log: only what is critical
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _device(tmp_path_factory):
+    """Everything runs on the CPU, and what MindSpore dumps about a failed compilation goes to a temporary place."""
+    ms.set_device("CPU")
+    ms.set_context(save_graphs_path=str(tmp_path_factory.mktemp("graphs")))
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    ms.set_seed(20)
+    np.random.seed(20)
+
+
+@pytest.fixture(params=list(MODES))
+def mode(request):
+    """The test runs twice: in PyNative and in graph mode."""
+    ms.set_context(mode=MODES[request.param])
+    yield request.param
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(7)
