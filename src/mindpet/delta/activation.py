@@ -36,10 +36,11 @@ class _SiLU(nn.Cell):
 
     def __init__(self):
         super().__init__()
-        self.silu = ops.SiLU()
+        self.sigmoid = ops.Sigmoid()
+        self.mul = ops.Mul()
 
     def construct(self, x):
-        return self.silu(x)
+        return self.mul(x, self.sigmoid(x))
 
 
 class _LeakyReLU(nn.Cell):
@@ -189,12 +190,12 @@ def resolve_activation(owner: str, value: Any) -> Any:
 
 
 def shard_activation(owner: str, argument: str, activation: Any, strategy: tuple | None) -> None:
-    """Write `strategy` on every operator of the activation. Without an activation or a strategy nothing happens.
+    """Write `strategy` on every operator of the activation. Without a strategy none is written.
 
     Raises:
         ValueError: LogSoftmax in a parallel mode, which MindSpore cannot cut; an activation that holds no operator.
     """
-    if activation is None or strategy is None:
+    if activation is None:
         return
     operators = [activation] if isinstance(activation, Primitive) else _operators(activation)
     if _compat.in_parallel_compile_mode() and any(operator.name in _LOG_SOFTMAX for operator in operators):
@@ -202,6 +203,8 @@ def shard_activation(owner: str, argument: str, activation: Any, strategy: tuple
             f"For '{owner}', '{argument}' cannot be set: in semi-auto and auto parallel mode LogSoftmax is not "
             "supported as an activation."
         )
+    if strategy is None:
+        return
     if not operators or type(activation) is nn.RReLU:
         raise ValueError(
             f"For '{owner}', '{argument}' cannot be set: {type(activation).__name__} has no operator that takes a "

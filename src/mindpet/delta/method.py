@@ -35,6 +35,7 @@ class Method:
         adapt: for each type of Cell that it adapts, what makes the adapted Cell: ``make(cell, config)``. Empty when
             it only selects parameters.
         targets: the usual targets in the networks of `mindpet.models`.
+        learning_rate: a sensible one to begin with, for Adam.
         aliases: other names that it is known by.
     """
 
@@ -44,4 +45,5 @@ class Method:
     paper: str
     adapt: Mapping[type[nn.Cell], Callable[[Any, Any], nn.Cell]] = field(default_factory=dict)
     targets: tuple[str, ...] = ()
+    learning_rate: float = 1e-3
     aliases: tuple[str, ...] = ()

@@ -8,6 +8,8 @@ from mindpet.delta.registry import METHODS, method_of
 from mindpet.graph.freeze_utils import train_only
 from mindpet.graph.targets import cells_by_path, find_targets
 
+_RECORD = "mindpet_injected"  # the attribute of a network that remembers what was injected
+
 
 def replace_cell(root: nn.Cell, path: str, new: nn.Cell) -> None:
     """Put `new` at `path`. Its parameters are named by their paths, those that it shares keep their names.
@@ -62,7 +64,13 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
         for path, new in replacements.items():
             replace_cell(network, path, new)
     train_only(network, [method], config.modules_to_save, include_norm=getattr(config, "include_norm", False))
+    vars(network)[_RECORD] = [*injected(network), config]
     return network
+
+
+def injected(network: nn.Cell) -> list[DeltaConfig]:
+    """The configurations that :func:`inject` was called with on this network, in order."""
+    return list(vars(network).get(_RECORD, ()))
 
 
 def is_adapted(cell: nn.Cell) -> bool:

@@ -1,0 +1,306 @@
+"""BERT: Pre-training of Deep Bidirectional Transformers. Devlin et al. 2018, arXiv:1810.04805.
+
+Cells have Hugging Face's paths (``bert.encoder.layer.0.attention.self.query``). Between the embeddings and the head
+everything is a matrix of rows, ``(batch * seq, hidden)``: a batched product against a plain weight is many times slower
+on a CPU.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Normal
+
+from mindpet import _checks, _files
+from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors, read_tensors
+
+_ACTIVATIONS = {
+    "gelu": lambda: nn.GELU(approximate=False),
+    "gelu_new": nn.GELU,
+    "gelu_pytorch_tanh": nn.GELU,
+    "relu": nn.ReLU,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """The sizes of a BERT, under the names of Hugging Face's ``config.json``."""
+
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+
+    def __post_init__(self):
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            _checks.positive_int("BertConfig", name, getattr(self, name))
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"For 'BertConfig', 'hidden_size' ({self.hidden_size}) must be a multiple of 'num_attention_heads' "
+                f"({self.num_attention_heads})."
+            )
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ValueError(
+                f"For 'BertConfig', 'hidden_act' must be one of {', '.join(_ACTIVATIONS)}, "
+                f"but got {_checks.shown(self.hidden_act)}."
+            )
+
+    @classmethod
+    def from_json(cls, path: Path) -> "BertConfig":
+        """The configuration in a ``config.json``; keys that do not concern the network are passed over.
+
+        Raises:
+            PretrainedFilesError: not a file, not JSON, not a BERT, a feature that this network does not have.
+        """
+        content = _files.read_json(path, PretrainedFilesError)
+        if not isinstance(content, dict) or content.get("model_type", "bert") != "bert":
+            kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
+            raise PretrainedFilesError(f"{path} is of a {kind!r}, not of a BERT ('model_type': 'bert').")
+        if content.get("position_embedding_type", "absolute") != "absolute":
+            raise PretrainedFilesError(f"{path}: only absolute position embeddings are supported.")
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in content.items() if key in known})
+        except (TypeError, ValueError) as error:
+            raise PretrainedFilesError(f"{path}: {error}") from error
+
+
+class BertEmbeddings(nn.Cell):
+    """Word, position and segment embeddings, summed and normalised: ``(batch, seq)`` to ``(batch * seq, hidden)``."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        start = Normal(config.initializer_range)
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, embedding_table=start)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, embedding_table=start)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size, embedding_table=start)
+        self.LayerNorm = nn.LayerNorm((config.hidden_size,), epsilon=config.layer_norm_eps)
+        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
+
+    def construct(self, input_ids, token_type_ids):
+        seq = input_ids.shape[1]
+        total = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (batch, seq, hidden)
+        total = total + self.position_embeddings.embedding_table[:seq]
+        rows = total.reshape((-1, total.shape[-1]))  # (batch * seq, hidden)
+        return self.dropout(self.LayerNorm(rows))
+
+
+class BertSelfAttention(nn.Cell):
+    """Attention of every position to every other, and to a prefix where there is one."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        hidden, start = config.hidden_size, Normal(config.initializer_range)
+        self.num_heads = config.num_attention_heads
+        self.head_dim = hidden // config.num_attention_heads
+        self.query = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
+        self.key = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
+        self.value = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
+        self.dropout = nn.Dropout(p=config.attention_probs_dropout_prob)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = ops.Softmax(axis=-1)
+        self.scale = 1.0 / math.sqrt(self.head_dim)
+
+    def construct(self, rows, mask, prefix):
+        batch = mask.shape[0]
+        query = self.split_heads(self.query(rows) * self.scale, batch)  # (batch, heads, seq, head_dim)
+        key = self.split_heads(self.key(rows), batch)
+        value = self.split_heads(self.value(rows), batch)
+        if prefix is not None:
+            key = ops.concat((self.for_batch(prefix[0], batch, key.dtype), key), 2)  # (batch, heads, tokens + seq, dim)
+            value = ops.concat((self.for_batch(prefix[1], batch, value.dtype), value), 2)
+        weights = self.dropout(self.softmax(self.scores(query, key) + mask))  # (batch, heads, seq, tokens + seq)
+        mixed = self.mix(weights, value)  # (batch, heads, seq, head_dim)
+        return mixed.transpose((0, 2, 1, 3)).reshape((-1, self.num_heads * self.head_dim))
+
+    def split_heads(self, rows, batch):
+        """(batch * seq, hidden) -> (batch, heads, seq, head_dim)."""
+        return rows.reshape((batch, -1, self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
+
+    def for_batch(self, prefix, batch, dtype):
+        """(tokens, heads, head_dim) -> (batch, heads, tokens, head_dim), the same for every sample."""
+        prefix = prefix.astype(dtype).transpose((1, 0, 2)).expand_dims(0)
+        return ops.tile(prefix, (batch, 1, 1, 1))
+
+
+class BertOutput(nn.Cell):
+    """Dense, dropout, and the residual connection with its LayerNorm."""
+
+    def __init__(self, in_size: int, config: BertConfig):
+        super().__init__()
+        start = Normal(config.initializer_range)
+        self.dense = nn.Dense(in_size, config.hidden_size, weight_init=start, bias_init="zeros")
+        self.LayerNorm = nn.LayerNorm((config.hidden_size,), epsilon=config.layer_norm_eps)
+        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
+
+    def construct(self, rows, residual):
+        return self.LayerNorm(self.dropout(self.dense(rows)) + residual)
+
+
+class BertAttention(nn.Cell):
+    """Self-attention and its output."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.self = BertSelfAttention(config)
+        self.output = BertOutput(config.hidden_size, config)
+
+    def construct(self, rows, mask, prefix):
+        return self.output(self.self(rows, mask, prefix), rows)
+
+
+class BertIntermediate(nn.Cell):
+    """The first half of the feed-forward network."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        start = Normal(config.initializer_range)
+        self.dense = nn.Dense(config.hidden_size, config.intermediate_size, weight_init=start, bias_init="zeros")
+        self.activation = _ACTIVATIONS[config.hidden_act]()
+
+    def construct(self, rows):
+        return self.activation(self.dense(rows))
+
+
+class BertLayer(nn.Cell):
+    """Attention, then the feed-forward network."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.attention = BertAttention(config)
+        self.intermediate = BertIntermediate(config)
+        self.output = BertOutput(config.intermediate_size, config)
+
+    def construct(self, rows, mask, prefix):
+        rows = self.attention(rows, mask, prefix)
+        return self.output(self.intermediate(rows), rows)
+
+
+class BertEncoder(nn.Cell):
+    """The layers, and the slot for prefix methods."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        heads, hidden = config.num_attention_heads, config.hidden_size
+        self.layer = nn.CellList([BertLayer(config) for _ in range(config.num_hidden_layers)])
+        self.prefix = PrefixSlot(config.num_hidden_layers, heads, hidden // heads)
+
+    def construct(self, rows, mask):
+        pairs = self.prefix()
+        if len(pairs) > 0:
+            tokens = pairs[0][0].shape[0]
+            visible = ops.zeros((mask.shape[0], 1, 1, tokens), mask.dtype)
+            mask = ops.concat((visible, mask), -1)  # (batch, 1, 1, tokens + seq)
+        for index in range(len(self.layer)):
+            rows = self.layer[index](rows, mask, pairs[index] if len(pairs) > 0 else None)
+        return rows
+
+
+class BertPooler(nn.Cell):
+    """The first position of each sample through a dense layer and tanh: (batch * seq, hidden) -> (batch, hidden)."""
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        start = Normal(config.initializer_range)
+        self.dense = nn.Dense(config.hidden_size, config.hidden_size, weight_init=start, bias_init="zeros")
+        self.tanh = ops.Tanh()
+
+    def construct(self, rows, batch):
+        first = rows.reshape((batch, -1, rows.shape[-1]))[:, 0]
+        return self.tanh(self.dense(first))
+
+
+class BertModel(nn.Cell):
+    """The encoder without a head.
+
+    Shapes: `input_ids`, `attention_mask` (1 for a token, 0 for padding) and `token_type_ids` are ``(batch, seq)``; it
+    returns the last layer ``(batch, seq, hidden)`` and the pooled first position ``(batch, hidden)``.
+    """
+
+    def __init__(self, config: BertConfig):
+        super().__init__()
+        self.embeddings = BertEmbeddings(config)
+        self.encoder = BertEncoder(config)
+        self.pooler = BertPooler(config)
+        self.hidden_size = config.hidden_size
+
+    def construct(self, input_ids, attention_mask, token_type_ids):
+        batch, seq = input_ids.shape
+        rows = self.embeddings(input_ids, token_type_ids)
+        hidden_from = -1e9 if rows.dtype == mstype.float32 else -3e4
+        mask = (1.0 - attention_mask.astype(rows.dtype)).reshape((batch, 1, 1, seq)) * hidden_from
+        rows = self.encoder(rows, mask)
+        return rows.reshape((batch, seq, self.hidden_size)), self.pooler(rows, batch)
+
+
+class BertForSequenceClassification(nn.Cell):
+    """BERT with a dense head over its pooled first position, or over the mean of its tokens.
+
+    Args:
+        config: the sizes.
+        num_labels: classes.
+        pooling: ``"pooler"``, as Hugging Face's, or ``"mean"`` over the tokens that are not padding.
+
+    Returns logits ``(batch, num_labels)``.
+    """
+
+    def __init__(self, config: BertConfig, num_labels: int = 2, pooling: str = "pooler"):
+        super().__init__()
+        if pooling not in ("pooler", "mean"):
+            raise ValueError(f"'pooling' must be 'pooler' or 'mean', but got {_checks.shown(pooling)}.")
+        num_labels = _checks.positive_int(type(self).__name__, "num_labels", num_labels)
+        self.config, self.pooling = config, pooling
+        self.bert = BertModel(config)
+        self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
+        start = Normal(config.initializer_range)
+        self.classifier = nn.Dense(config.hidden_size, num_labels, weight_init=start, bias_init="zeros")
+
+    @classmethod
+    def from_pretrained(
+        cls, directory: str | Path, num_labels: int = 2, pooling: str = "pooler", **changes: Any
+    ) -> tuple["BertForSequenceClassification", LoadReport]:
+        """The network of ``config.json`` with the weights of the safetensors files beside it.
+
+        Args:
+            directory: in Hugging Face's layout.
+            num_labels: classes; the head starts anew when the files have none.
+            pooling: see the class.
+            changes: what is to differ from ``config.json``, for instance ``hidden_dropout_prob=0.0``.
+
+        Returns:
+            The network and what became of each tensor.
+
+        Raises:
+            PretrainedFilesError: a file is missing or broken, or does not fit; all problems in one message.
+        """
+        directory = Path(directory)
+        config = dataclasses.replace(BertConfig.from_json(directory / "config.json"), **changes)
+        tensors = read_tensors(directory)
+        network = cls(config, num_labels, pooling)
+        return network, load_tensors(network, tensors, "bert.", optional=("classifier.", "bert.pooler."))
+
+    def construct(self, input_ids, attention_mask, token_type_ids):
+        hidden, pooled = self.bert(input_ids, attention_mask, token_type_ids)
+        if self.pooling == "mean":
+            pooled = mean_pool(hidden, attention_mask)
+        return self.classifier(self.dropout(pooled))
+
+
+def mean_pool(hidden: Tensor, attention_mask: Tensor) -> Tensor:
+    """The mean over the tokens that are not padding: (batch, seq, hidden) -> (batch, hidden)."""
+    mask = attention_mask.astype(hidden.dtype).expand_dims(-1)  # (batch, seq, 1)
+    return (hidden * mask).sum(1) / ops.maximum(mask.sum(1), 1.0)

@@ -1,0 +1,137 @@
+"""Weights in Hugging Face's layout, read without torch: ``config.json`` and safetensors files in one directory."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from mindspore import Tensor, nn
+
+from mindpet import _checks, _files
+
+
+class PretrainedFilesError(ValueError):
+    """A directory of pre-trained weights is missing something, broken, or of another network."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of each tensor.
+
+    Attributes:
+        loaded: names of parameters that got their value.
+        missing: parameters that the files have no tensor for.
+        unexpected: tensors that the network has no parameter for.
+        misshaped: parameter name to (shape in the file, shape in the network).
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    misshaped: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.loaded)} tensors loaded"]
+        lines += [f"  missing in the files: {name}" for name in self.missing]
+        lines += [f"  unexpected in the files: {name}" for name in self.unexpected]
+        lines += [f"  misshaped: {name} is {there} in the files, {here} here" for name, (there, here) in self.misshaped.items()]
+        return "\n".join(lines)
+
+
+def read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    """Every tensor of ``model.safetensors``, or of the shards that ``model.safetensors.index.json`` lists.
+
+    bfloat16 is widened to float32, which NumPy has.
+
+    Raises:
+        PretrainedFilesError: no such file, or one that cannot be read.
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        table = _files.read_json(index, PretrainedFilesError).get("weight_map", {})
+        names = sorted(set(table.values()))
+        if any(Path(name).name != name for name in names):
+            raise PretrainedFilesError(f"{index} names a file outside its directory.")
+    else:
+        names = ["model.safetensors"]
+    tensors: dict[str, np.ndarray] = {}
+    for name in names:
+        if not (directory / name).is_file():
+            there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
+            hint = "; pickled weights (.bin) are not read: save them as safetensors" if "pytorch_model.bin" in there else ""
+            raise PretrainedFilesError(f"There is no {name} in {directory} (it has: {', '.join(there) or 'nothing'}){hint}.")
+        tensors.update(_read_file(directory / name))
+    return tensors
+
+
+def _read_file(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import SafetensorError, deserialize
+    from safetensors.numpy import load_file
+
+    try:
+        try:
+            return load_file(path)
+        except (KeyError, TypeError, ValueError):  # bfloat16: NumPy has no such dtype
+            tensors = {}
+            for name, entry in deserialize(path.read_bytes()):
+                if entry["dtype"] == "BF16":
+                    wide = np.frombuffer(entry["data"], np.uint16).astype(np.uint32) << 16
+                    tensors[name] = wide.view(np.float32).reshape(entry["shape"])
+                else:
+                    kind = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "U8": "u1", "BOOL": "?"}
+                    tensors[name] = np.frombuffer(entry["data"], kind[entry["dtype"]]).reshape(entry["shape"])
+            return tensors
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise PretrainedFilesError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def hugging_face_name(name: str) -> str:
+    """The tensor that holds a parameter: LayerNorm's and embeddings' have other names there.
+
+    >>> hugging_face_name("bert.embeddings.LayerNorm.gamma")
+    'bert.embeddings.LayerNorm.weight'
+    """
+    for here, there in ((".gamma", ".weight"), (".beta", ".bias"), (".embedding_table", ".weight")):
+        if name.endswith(here):
+            return name[: -len(here)] + there
+    return name
+
+
+def load_tensors(
+    network: nn.Cell, tensors: dict[str, np.ndarray], prefix: str, optional: tuple[str, ...] = ()
+) -> LoadReport:
+    """Set the parameters of `network` by name; tensors may leave out `prefix`, as a bare encoder's do.
+
+    Args:
+        network: whose parameters are named by their paths.
+        tensors: by Hugging Face's names.
+        prefix: with its dot, for instance ``"bert."``.
+        optional: beginnings of names that may be missing: a new head.
+
+    Raises:
+        PretrainedFilesError: a parameter that is not optional is missing, or a shape differs. Nothing is set then.
+    """
+    bare = not any(name.startswith(prefix) for name in tensors)
+    values, report, used = {}, LoadReport(), set()
+    for parameter in network.get_parameters():
+        wanted = hugging_face_name(parameter.name)
+        name = wanted[len(prefix) :] if bare and wanted.startswith(prefix) else wanted
+        if name not in tensors:
+            report.missing.append(parameter.name)
+            continue
+        used.add(name)
+        if tensors[name].shape != tuple(parameter.shape):
+            report.misshaped[parameter.name] = (tensors[name].shape, tuple(parameter.shape))
+            continue
+        values[parameter.name] = tensors[name]
+        report.loaded.append(parameter.name)
+    report.unexpected.extend(name for name in tensors if name not in used and not name.endswith("position_ids"))
+    needed = [name for name in report.missing if not name.startswith(optional)] if optional else report.missing
+    wrong = [name for name in report.misshaped if not (optional and name.startswith(optional))]
+    if needed or wrong:
+        hints = "".join(_checks.near(hugging_face_name(name), tensors) for name in needed[:1])
+        raise PretrainedFilesError(f"The files do not fit a {type(network).__name__}{hints}\n{report}")
+    for parameter in network.get_parameters():
+        if parameter.name in values:
+            value = Tensor(np.ascontiguousarray(values[parameter.name]))
+            parameter.set_data(value.astype(parameter.dtype))
+    return report
