@@ -220,4 +220,5 @@ METHOD = Method(
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
     adapt={nn.Dense: AdapterDense.from_dense},
     targets=("*.attention.output.dense", "*.layer.*.output.dense"),
+    learning_rate=0.001,
 )

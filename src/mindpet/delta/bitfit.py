@@ -26,4 +26,5 @@ METHOD = Method(
     config=BitFitConfig,
     trainable=("*bias",),
     paper="Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning, arXiv:2106.10199",
+    learning_rate=0.003,
 )

@@ -73,7 +73,7 @@ class ComputeDense(nn.Dense):
         return self.cast(x, self.compute_dtype)
 
     def dense_rows(self, rows):
-        """x W^T + b on rows: (rows, in) -> (rows, out)."""
+        """X W^T + b on rows: (rows, in) -> (rows, out)."""
         rows = self.matmul(rows, self.cast(self.weight, self.compute_dtype))
         if self.has_bias:
             rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))

@@ -162,7 +162,8 @@ class LoRADense(ComputeDense):
         no activation) are ignored.
 
         Raises:
-            TypeError, ValueError: not a tuple of tuples of positive ints, as ``Primitive.shard`` says.
+            TypeError: not a tuple of tuples of ints, as ``Primitive.shard`` says. Whether the numbers fit the shapes
+                and the devices shows when the network is compiled.
             ValueError: LogSoftmax as the activation, in a parallel mode.
         """
         shard_activation("LoRADense", "strategy_activation", self.activation, strategy_activation)
@@ -181,4 +182,5 @@ METHOD = Method(
     paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     adapt={nn.Dense: LoRADense.from_dense},
     targets=("*.query", "*.value"),
+    learning_rate=0.001,
 )

@@ -289,4 +289,5 @@ METHOD = Method(
     paper="Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, arXiv:2106.04647",
     adapt={nn.Dense: LowRankAdapterDense.from_dense},
     targets=("*.attention.output.dense", "*.layer.*.output.dense"),
+    learning_rate=0.003,
 )

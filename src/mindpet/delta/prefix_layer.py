@@ -187,4 +187,5 @@ METHOD = Method(
     adapt={PrefixSlot: PrefixTuning.from_slot},
     targets=("*prefix",),
     aliases=("prefixtuning",),
+    learning_rate=0.005,
 )

@@ -1,4 +1,4 @@
-"""P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally. Liu et al. 2021, arXiv:2110.07602, section 3.
+"""P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning. Liu et al. 2021, arXiv:2110.07602, section 3.
 
 The prompts of all layers are one table, ``(tokens, layers * 2 * heads * head_dim)``; with a projection it comes out of
 an embedding and a two-layer network.
@@ -186,4 +186,5 @@ METHOD = Method(
     paper="Liu et al. 2021, P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally, arXiv:2110.07602",
     adapt={PrefixSlot: PTuning2.from_slot},
     targets=("*prefix",),
+    learning_rate=0.005,
 )

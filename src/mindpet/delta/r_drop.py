@@ -1,4 +1,4 @@
-"""R-Drop: Regularized Dropout for Neural Networks. Liang et al. 2021, arXiv:2106.14448, section 2.1, equations 1 to 4."""
+"""R-Drop: Regularized Dropout for Neural Networks. Liang et al. 2021, arXiv:2106.14448, section 2.1."""
 
 from typing import Any
 
@@ -65,8 +65,9 @@ class RDropLoss(nn.Cell):
             entropy = -(log_p * label_ids.astype(mstype.float32)).sum(-1)  # (2N,) or (2N, T)
             weight = ops.ones_like(entropy)
         else:
-            weight = (label_ids != _IGNORED).astype(mstype.float32)  # (2N,) or (2N, T)
-            index = (label_ids * weight.astype(label_ids.dtype)).astype(mstype.int32).expand_dims(-1)
+            index = label_ids.astype(mstype.int32)  # first: unsigned labels do not compare with -100
+            weight = (index != _IGNORED).astype(mstype.float32)  # (2N,) or (2N, T)
+            index = (index * weight.astype(mstype.int32)).expand_dims(-1)
             entropy = -ops.gather_elements(log_p, log_p.ndim - 1, index).squeeze(-1) * weight
         total = weight.sum()
         safe = total + (total == 0).astype(mstype.float32)  # all positions ignored: 0 / 1, not 0 / 0

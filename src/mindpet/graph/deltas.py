@@ -1,4 +1,4 @@
-"""A tuned network's delta as a directory: ``delta.json`` says what to inject, ``delta.safetensors`` holds the numbers."""
+"""A tuned network's delta as a directory: ``delta.json`` says what to inject, ``delta.safetensors`` has the numbers."""
 
 import dataclasses
 from pathlib import Path
@@ -35,9 +35,7 @@ def save_delta(network: nn.Cell, directory: str | Path) -> None:
     directory = Path(directory)
     configs = [{"method": method_of(config).name, **dataclasses.asdict(config)} for config in injected(network)]
     _files.write_tensors(directory / "delta.safetensors", tensors, {"format": "ms"})
-    _files.write_json(
-        directory / "delta.json", {"format": FORMAT, "methods": configs, "parameters": sorted(tensors)}
-    )
+    _files.write_json(directory / "delta.json", {"format": FORMAT, "methods": configs, "parameters": sorted(tensors)})
 
 
 def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:

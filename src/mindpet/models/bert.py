@@ -85,7 +85,9 @@ class BertEmbeddings(nn.Cell):
         super().__init__()
         start = Normal(config.initializer_range)
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, embedding_table=start)
-        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size, embedding_table=start)
+        self.position_embeddings = nn.Embedding(
+            config.max_position_embeddings, config.hidden_size, embedding_table=start
+        )
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size, embedding_table=start)
         self.LayerNorm = nn.LayerNorm((config.hidden_size,), epsilon=config.layer_norm_eps)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)

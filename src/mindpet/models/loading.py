@@ -33,7 +33,10 @@ class LoadReport:
         lines = [f"{len(self.loaded)} tensors loaded"]
         lines += [f"  missing in the files: {name}" for name in self.missing]
         lines += [f"  unexpected in the files: {name}" for name in self.unexpected]
-        lines += [f"  misshaped: {name} is {there} in the files, {here} here" for name, (there, here) in self.misshaped.items()]
+        lines += [
+            f"  misshaped: {name} is {there} in the files, {here} here"
+            for name, (there, here) in self.misshaped.items()
+        ]
         return "\n".join(lines)
 
 
@@ -57,8 +60,14 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     for name in names:
         if not (directory / name).is_file():
             there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-            hint = "; pickled weights (.bin) are not read: save them as safetensors" if "pytorch_model.bin" in there else ""
-            raise PretrainedFilesError(f"There is no {name} in {directory} (it has: {', '.join(there) or 'nothing'}){hint}.")
+            hint = (
+                "; pickled weights (.bin) are not read: save them as safetensors"
+                if "pytorch_model.bin" in there
+                else ""
+            )
+            raise PretrainedFilesError(
+                f"There is no {name} in {directory} (it has: {', '.join(there) or 'nothing'}){hint}."
+            )
         tensors.update(_read_file(directory / name))
     return tensors
 

@@ -1,0 +1,219 @@
+"""The commands. Nothing heavy is imported before a command needs it: ``mindpet --help`` is instant."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+app = typer.Typer(
+    help="Tune a few parameters of a large model, on MindSpore.",
+    epilog="Begin with: mindpet config init run.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+config_app = typer.Typer(help="Write, show and check run files.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+RunFile = Annotated[Path, typer.Argument(help="The run file; write one with: mindpet config init run.yaml")]
+Overrides = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(
+        metavar="[SECTION.KEY=VALUE]...", help="Override keys of the run file: train.epochs=3 method.rank=4"
+    ),
+]
+RunDirectory = Annotated[Path, typer.Argument(help="The output directory of a finished run.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from mindpet import __version__
+
+        typer.echo(f"mindpet {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def finetune(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last save of an interrupted run.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew in a directory that holds a run.")] = False,
+) -> None:
+    """Tune a model as a run file says.
+
+    [bold]Ctrl-C[/bold] saves and stops; [bold]--resume[/bold] goes on from there, with the same result as if nothing
+    had happened. The output directory gets run.yaml, metrics.jsonl, curve.png, report.json and the delta.
+
+    Examples:
+      mindpet finetune run.yaml
+
+      mindpet finetune run.yaml method.name=adapter train.epochs=3 output.directory=runs/adapter
+    """
+    with _readable_errors(f"mindpet finetune {run_file} --resume"):
+        from mindpet.cli.screen import Screen, print_report
+        from mindpet.train.config import load_run
+
+        config = load_run(run_file, overrides)
+        from mindpet.train import run
+
+        screen = Screen()
+        report = run.finetune(config, screen, resume=resume, overwrite=overwrite)
+        print_report(screen.console, report, Path(config.output.directory))
+
+
+@app.command()
+def evaluate(
+    directory: RunDirectory,
+    overrides: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+) -> None:
+    """Score a tuned model on its held-out rows, or on others.
+
+    Examples:
+      mindpet evaluate runs/latest
+
+      mindpet evaluate runs/latest data.test=other.jsonl
+    """
+    with _readable_errors():
+        from mindpet.cli.screen import Screen, print_scores
+        from mindpet.train import run
+
+        screen = Screen(quiet=as_json)
+        scores, labels = run.evaluate(directory, overrides, screen)
+        if as_json:
+            content = {
+                **scores.as_record(),
+                "rows": scores.rows,
+                "labels": labels,
+                "confusion": scores.confusion.tolist(),
+            }
+            typer.echo(json.dumps(content, ensure_ascii=False))
+        else:
+            print_scores(screen.console, scores, labels)
+
+
+@app.command()
+def infer(
+    directory: RunDirectory,
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Texts to classify; without any, lines from stdin.")
+    ] = None,
+    file: Annotated[Optional[Path], typer.Option("--file", help="A file with one text a line.")] = None,  # noqa: UP045
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
+) -> None:
+    """Classify texts with a tuned model.
+
+    Examples:
+      mindpet infer runs/latest "Shares fall as oil price climbs"
+
+      mindpet infer runs/latest --file headlines.txt --json
+    """
+    with _readable_errors():
+        lines = list(texts or [])
+        if file is not None:
+            if not file.is_file():
+                raise ValueError(f"There is no file {file}.")
+            lines += file.read_text(encoding="utf-8").splitlines()
+        elif not lines:
+            lines = sys.stdin.read().splitlines()
+        lines = [line for line in lines if line.strip()]
+        if not lines:
+            raise ValueError("There is no text to classify: give some as arguments, with --file, or on stdin.")
+        from mindpet.cli.screen import Screen, print_predictions
+        from mindpet.train import run
+
+        predictions = run.infer(directory, lines)
+        if as_json:
+            for line, chances in zip(lines, predictions):
+                typer.echo(
+                    json.dumps(
+                        {"text": line, "label": next(iter(chances)), "probabilities": chances}, ensure_ascii=False
+                    )
+                )
+        else:
+            print_predictions(Screen().console, lines, predictions)
+
+
+@config_app.command("init")
+def config_init(
+    path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),
+    model: Annotated[str, typer.Option(help="Directory of the model.")] = "path/to/model",
+    train: Annotated[str, typer.Option(help="Training data.")] = "path/to/train.jsonl",
+) -> None:
+    """Write a run file with every key, its default, and what it means."""
+    with _readable_errors():
+        from mindpet import _files
+        from mindpet.train.config import template
+
+        if path.exists():
+            raise ValueError(f"{path} is there already; choose another name.")
+        _files.write_text(path, template(model, train))
+        typer.echo(f"Wrote {path}. Fill in model.path and data.train, then: mindpet finetune {path}")
+
+
+@config_app.command("show")
+def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Print the run file with all defaults and overrides in it."""
+    with _readable_errors():
+        from mindpet.train.config import as_yaml, load_run
+
+        typer.echo(as_yaml(load_run(run_file, overrides)), nl=False)
+
+
+@config_app.command("validate")
+def config_validate(run_file: RunFile, overrides: Overrides = None) -> None:
+    """Check a run file, its method, its model and its data without training."""
+    with _readable_errors():
+        from mindpet.train.config import load_run
+
+        config = load_run(run_file, overrides)
+        from mindpet.cli.screen import Screen
+        from mindpet.train import run
+
+        screen = Screen()
+        prepared = run.prepare(config, screen)
+        run.build_network(config, prepared.labels)
+        screen.console.print(f"[green]{run_file} is fine.[/green]")
+
+
+@contextmanager
+def _readable_errors(resume: str = "") -> Iterator[None]:
+    """What the user did wrong becomes a message and exit status 1 (2 for a run file), an interruption 130."""
+    # MindSpore's log writes warnings about itself over the progress bar; GLOG_v brings them back
+    os.environ.setdefault("GLOG_v", "3")
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        typer.secho("Interrupted.", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        if os.environ.get("MINDPET_TRACEBACK"):
+            raise
+        kind = type(error).__name__
+        if kind == "Interrupted":
+            typer.secho(f"{error}\nGo on with: {resume}", fg="yellow", err=True)
+            raise typer.Exit(130) from None
+        if isinstance(error, ModuleNotFoundError):
+            typer.secho(f"{error.name} is missing: pip install 'mindpet[cli,text]'", fg="red", err=True)
+            raise typer.Exit(1) from None
+        typer.secho(f"{error}\n(MINDPET_TRACEBACK=1 shows where)", fg="red", err=True)
+        raise typer.Exit(2 if kind == "RunFileError" else 1) from None
+

@@ -1,0 +1,134 @@
+"""What the user sees: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from mindpet.train.fit import Reporter
+
+if TYPE_CHECKING:
+    from mindpet.train.metrics import Scores
+
+_LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+
+
+class Screen(Reporter):
+    """Draws a run on the console.
+
+    Args:
+        quiet: print nothing but what is asked for.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(quiet=quiet, highlight=False)
+        self.progress: Progress | None = None
+        self.total = 0
+        self.last_line = 0.0
+
+    def start(self, done: int, total: int) -> None:
+        """Show the bar."""
+        self.total = total
+        if done:
+            self.message(f"Going on after step {done} of {total}.")
+        if self.console.is_terminal:
+            self.progress = Progress(
+                TextColumn("training"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[figures]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.progress.start()
+            self.task = self.progress.add_task("training", total=total, completed=done, figures="compiling")
+        self.started, self.done_before = time.monotonic(), done
+
+    def step(self, record: dict[str, Any]) -> None:
+        """Move the bar, or print a line every few seconds."""
+        figures = f"loss {record['loss']:.3f}  rate {record['learning_rate']:.1e}  {record['samples_per_second']:.0f} samples/s"
+        if self.progress:
+            self.progress.update(self.task, completed=record["step"], figures=figures)
+        elif time.monotonic() - self.last_line >= _LINE_EVERY or record["step"] == self.total:
+            self.last_line = time.monotonic()
+            steps = record["step"] - self.done_before
+            left = (time.monotonic() - self.started) / steps * (self.total - record["step"])
+            self.console.print(f"step {record['step']}/{self.total}  {figures}  {left:.0f} s left", soft_wrap=True)
+
+    def evaluation(self, record: dict[str, Any], best: bool) -> None:
+        """A line for each evaluation."""
+        self.message(
+            f"step {record['step']}: held-out accuracy {record['accuracy']:.2%}, macro F1 {record['macro_f1']:.3f}, "
+            f"loss {record['evaluation_loss']:.3f}{'  (best so far)' if best else ''}"
+        )
+
+    def message(self, text: str) -> None:
+        """A line above the bar."""
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def stop(self) -> None:
+        """Take the bar away."""
+        if self.progress:
+            self.progress.stop()
+            self.progress = None
+
+
+def print_report(console: Console, report: dict[str, Any], directory: Path) -> None:
+    """The table at the end of a run."""
+    table = Table("", "before", "after", title=f"{report['method']}: {directory}")
+    for key, name, shown in (
+        ("accuracy", "held-out accuracy", "{:.2%}"),
+        ("macro_f1", "macro F1", "{:.3f}"),
+        ("evaluation_loss", "held-out loss", "{:.3f}"),
+    ):
+        table.add_row(name, shown.format(report["before"][key]), shown.format(report["after"][key]))
+    console.print(table)
+    parameters, seconds = report["parameters"], report["seconds"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row(
+        "trained", f"{parameters['trainable']:,} of {parameters['total']:,} parameters ({parameters['share']:.2%})"
+    )
+    facts.add_row("rows", f"{report['rows']['train']} trained on, {report['rows']['test']} held out")
+    facts.add_row("delta", f"{_size(report['delta_bytes'])} (the model: {_size(report['model_bytes'])})")
+    facts.add_row("time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {report['step']} steps")
+    facts.add_row("peak memory", f"{report['peak_memory_mib']} MiB")
+    facts.add_row("picture", str(directory / "curve.png"))
+    facts.add_row("delta in", str(directory / "delta"))
+    console.print(facts)
+    console.print(f'\nUse it: mindpet infer {directory} "a text"', markup=False)
+
+
+def print_scores(console: Console, scores: "Scores", labels: list[str]) -> None:
+    """Overall figures and one line for each label."""
+    console.print(
+        f"{scores.rows} rows: accuracy {scores.accuracy:.2%}, macro F1 {scores.macro_f1:.3f}, loss {scores.loss:.3f}"
+    )
+    table = Table("label", "rows", "recall", "precision", "most often taken for")
+    for index, label in enumerate(labels):
+        row, column = scores.confusion[index], scores.confusion[:, index]
+        wrong = row.copy()
+        wrong[index] = 0
+        table.add_row(
+            label,
+            str(row.sum()),
+            f"{row[index] / row.sum():.1%}" if row.sum() else "-",
+            f"{row[index] / column.sum():.1%}" if column.sum() else "-",
+            f"{labels[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-",
+        )
+    console.print(table)
+
+
+def print_predictions(console: Console, texts: list[str], predictions: list[dict[str, float]]) -> None:
+    """Each text with its most probable labels."""
+    table = Table("text", "label", "probability", "next")
+    for text, chances in zip(texts, predictions):
+        (label, chance), *others = chances.items()
+        table.add_row(text, label, f"{chance:.1%}", f"{others[0][0]} {others[0][1]:.1%}" if others else "")
+    console.print(table)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

@@ -1,0 +1,1 @@
+"""Tuning for real: data, the loop, metrics, pictures."""

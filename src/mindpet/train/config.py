@@ -1,0 +1,267 @@
+"""The run file: what it may say, where it comes from, and what is wrong with it, all problems at once."""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+METHOD_NAMES = ("lora", "adapter", "low_rank_adapter", "bitfit", "prefix", "ptuning2", "full")
+
+
+class RunFileError(ValueError):
+    """A run file, or an override of it, is wrong; the message lists every problem."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class ModelSection(_Section):
+    """The network to tune."""
+
+    path: str = Field(description="directory with config.json, model.safetensors and tokenizer.json")
+    pooling: Literal["pooler", "mean"] = Field(
+        "mean", description="what the head sees: the pooler's output or the mean of the tokens"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the network; its own when empty")
+
+
+class MethodSection(BaseModel):
+    """How to tune it. Further keys are the method's own, for instance rank, alpha, dropout, targets for lora."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    name: str = Field("lora", description=f"one of {', '.join(METHOD_NAMES)}; further keys are the method's own")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The method's own keys."""
+        return dict(self.model_extra or {})
+
+
+class DataSection(_Section):
+    """Labelled text: JSON lines, CSV, TSV, or one folder per label."""
+
+    train: str = Field(description="a .jsonl, .csv or .tsv file, or a folder with one folder of .txt files per label")
+    test: str | None = Field(
+        None, description="held-out data in one of the same forms; when empty, 'holdout' is taken from 'train'"
+    )
+    holdout: float = Field(
+        0.2,
+        gt=0,
+        description="how much of 'train' to hold out when 'test' is empty: a share below 1, or a number of rows",
+    )
+    text: str = Field("text", description="key or column of the text")
+    text_pair: str | None = Field(None, description="key or column of a second text, for tasks on pairs")
+    label: str = Field("label", description="key or column of the label")
+    max_length: int = Field(128, ge=4, description="tokens; longer texts are cut")
+    overlap: Literal["drop", "keep", "error"] = Field(
+        "drop", description="what to do with training rows whose text is also held out"
+    )
+
+
+class TrainSection(_Section):
+    """The training itself."""
+
+    epochs: int = Field(5, ge=1, description="passes over the training data")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever 'epochs' says")
+    batch_size: int = Field(32, ge=1, description="samples in a forward pass")
+    accumulate: int = Field(1, ge=1, description="forward passes in a step: the gradient is the mean over all of them")
+    learning_rate: float | None = Field(None, gt=0, description="the method's own sensible one when empty")
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        "linear", description="how the learning rate goes down after the warm-up"
+    )
+    warmup: float = Field(
+        0.06, ge=0, description="steps in which it goes up: a share of all below 1, or a number of steps"
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(
+        "adam", description="adam, adamw (decoupled decay, no bias correction, as in BERT), sgd (momentum 0.9)"
+    )
+    weight_decay: float = Field(0.0, ge=0, description="on all trained weights but biases and norms")
+    clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 never clips")
+    r_drop_alpha: float = Field(
+        0.0, ge=0, description="above 0: two passes a sample and the R-Drop loss with this weight"
+    )
+    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; once an epoch when empty")
+    save_every: int = Field(50, ge=1, description="steps between saves that --resume can go on from")
+    early_stopping: int | None = Field(
+        None, ge=1, description="stop after so many evaluations without a better accuracy"
+    )
+    keep_best: bool = Field(True, description="keep the delta of the best evaluation rather than of the last step")
+    seed: int = Field(0, ge=0, description="of everything random: split, order, start, dropout")
+    mode: Literal["graph", "pynative"] = Field(
+        "graph", description="graph compiles first and is faster; pynative is easier to debug"
+    )
+
+
+class OutputSection(_Section):
+    """Where the results go."""
+
+    directory: str = Field(
+        "runs/latest", description="run.yaml, metrics.jsonl, curve.png, report.json and the delta appear here"
+    )
+
+
+class RunConfig(_Section):
+    """A whole run file."""
+
+    model: ModelSection
+    method: MethodSection = MethodSection()
+    data: DataSection
+    train: TrainSection = TrainSection()
+    output: OutputSection = OutputSection()
+
+    @model_validator(mode="after")
+    def _whole_rows(self) -> "RunConfig":
+        if self.data.holdout >= 1 and self.data.holdout != int(self.data.holdout):
+            raise ValueError("data.holdout must be a share below 1 or a whole number of rows")
+        return self
+
+
+def load_run(path: str | Path | None, overrides: list[str] | None = None, check_method: bool = True) -> RunConfig:
+    """The run that a file and ``key=value`` overrides describe: overrides go over the file, the file over defaults.
+
+    Raises:
+        RunFileError: with every problem: a file that is not there or not YAML, unknown keys with near names, values of
+            the wrong kind, an override that is not ``section.key=value``.
+    """
+    content: dict[str, Any] = {}
+    problems: list[str] = []
+    if path is not None:
+        content = _read(Path(path))
+    for override in overrides or ():
+        key, equals, value = override.partition("=")
+        parts = key.strip().split(".")
+        if not equals or len(parts) != 2 or not all(parts):
+            problems.append(f"{override!r} is not section.key=value, for instance train.epochs=3")
+            continue
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError:
+            parsed = value
+        section = content.setdefault(parts[0], {})
+        if not isinstance(section, dict):
+            problems.append(f"{parts[0]} is not a section")
+            continue
+        section[parts[1]] = parsed
+    try:
+        config = RunConfig.model_validate(content)
+    except ValidationError as error:
+        problems += [_in_words(entry) for entry in error.errors()]
+    if not problems and check_method:
+        problems = method_problems(config.method)
+    if problems:
+        where = f" in {path}" if path else ""
+        raise RunFileError(
+            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}{where}:\n  " + "\n  ".join(problems)
+        )
+    return config
+
+
+def method_problems(section: MethodSection) -> list[str]:
+    """What is wrong with the method's name or its own keys."""
+    if section.name == "full":
+        return [f"method.{key}: 'full' has no options of its own" for key in section.options]
+    try:
+        method_config(section)
+    except (TypeError, ValueError) as error:
+        return [f"method: {error}"]
+    return []
+
+
+def method_config(section: MethodSection, **more: Any) -> Any:
+    """The configuration object of the section's method (not for ``full``).
+
+    Raises:
+        TypeError, ValueError: an unknown method, an unknown key, a wrong value.
+    """
+    import dataclasses
+
+    from mindpet.delta.registry import METHODS, method_named
+
+    names = {alias for method in METHODS.values() for alias in (method.name, *method.aliases)}
+    if section.name.lower() not in names:
+        close = difflib.get_close_matches(section.name.lower(), METHOD_NAMES, n=2)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(
+            f"name: there is no method {section.name!r}; the known ones are {', '.join(METHOD_NAMES)}{hint}"
+        )
+    kind = method_named(section.name).config
+    known = [entry.name for entry in dataclasses.fields(kind)]
+    wrong = [key for key in section.options if key not in known]
+    if wrong:
+        hints = [_near(key, known) for key in wrong]
+        listed = ", ".join(f"{key}{hint}" for key, hint in zip(wrong, hints))
+        raise ValueError(f"'{section.name}' has no option {listed}; its options are {', '.join(known)}")
+    options = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
+    return kind(**{**options, **more})
+
+
+def as_yaml(config: RunConfig) -> str:
+    """The whole configuration, defaults filled in."""
+    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+
+
+def template(model: str = "path/to/model", train: str = "path/to/train.jsonl") -> str:
+    """A run file with every key, its default, and what it means."""
+    lines = ["# A run of `mindpet finetune`. Every key may be overridden: mindpet finetune run.yaml train.epochs=3", ""]
+    given = {("model", "path"): model, ("data", "train"): train}
+    for name, section in RunConfig.model_fields.items():
+        kind = section.annotation
+        lines += [f"{name}:  # {(kind.__doc__ or '').strip().splitlines()[0]}"]
+        for key, field in kind.model_fields.items():
+            value = given.get((name, key), None if field.is_required() else field.default)
+            shown = yaml.safe_dump(value, default_flow_style=True).strip().removesuffix("...").strip()
+            lines.append(f"  {key}: {'' if value is None else shown}".rstrip().ljust(34) + f"  # {field.description}")
+        if name == "method":
+            lines += [
+                "  rank: 8".ljust(34) + "  # lora: rows of A",
+                "  alpha: 16".ljust(34) + "  # lora: scale is alpha / rank",
+            ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        close = difflib.get_close_matches(
+            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+        )
+        raise RunFileError(f"There is no run file {path}{'; near it: ' + ', '.join(close) if close else ''}.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise RunFileError(f"{path} cannot be read as YAML: {error}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise RunFileError(f"{path} must be a mapping with the sections {', '.join(RunConfig.model_fields)}.")
+    # an empty section or key means its default
+    return {
+        key: {k: v for k, v in value.items() if v is not None}
+        if isinstance(value, dict)
+        else (value if value is not None else {})
+        for key, value in content.items()
+    }
+
+
+def _in_words(entry: Any) -> str:
+    where = ".".join(str(part) for part in entry["loc"]) or "the run file"
+    if entry["type"] == "extra_forbidden":
+        *parents, key = entry["loc"]
+        model: Any = RunConfig
+        for parent in parents:
+            model = model.model_fields[parent].annotation
+        return f"{where}: there is no such key{_near(str(key), list(model.model_fields))}"
+    if entry["type"] == "missing":
+        return f"{where}: is needed"
+    given = repr(entry["input"])
+    return f"{where}: {entry['msg'].removeprefix('Value error, ')}" + (
+        f", but got {given}" if len(given) < 80 and entry["loc"] else ""
+    )
+
+
+def _near(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2)
+    return f"; did you mean {' or '.join(repr(entry) for entry in close)}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,248 @@
+"""Labelled text: reading, splitting, tokenising, batching."""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mindspore.dataset as msds
+import numpy as np
+
+from mindpet.train.step import IGNORED
+
+_NAMED = 5  # broken rows that are named; the rest is counted
+
+
+class DataError(ValueError):
+    """Data that cannot be used: missing, empty, or nothing readable in it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Labelled texts and what could not be read.
+
+    Attributes:
+        texts: a str, or a pair of them, for each row.
+        labels: as str.
+        broken: where and why, one line for each row that was left out.
+    """
+
+    texts: list[Any]
+    labels: list[str]
+    broken: list[str] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, indices: Any) -> "Rows":
+        """The rows at `indices`."""
+        return Rows([self.texts[i] for i in indices], [self.labels[i] for i in indices])
+
+    def broken_in_words(self) -> str:
+        """The first broken rows, and how many there are; empty when there is none."""
+        if not self.broken:
+            return ""
+        more = f"\n  and {len(self.broken) - _NAMED} more" if len(self.broken) > _NAMED else ""
+        total = len(self.broken)
+        return f"{total} row{'s' if total > 1 else ''} left out:\n  " + "\n  ".join(self.broken[:_NAMED]) + more
+
+
+def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: str | None = None) -> Rows:
+    """Labelled rows from a file or folder; broken ones are left out and named.
+
+    Raises:
+        DataError: nothing there, an unknown kind of file, no row that can be used.
+    """
+    path = Path(path)
+    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _table, ".tsv": _table}
+    if path.is_dir():
+        rows = _folder(path)
+    elif not path.is_file():
+        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise DataError(f"There is no file or folder {path}" + (f"; beside it: {', '.join(near)}." if near else "."))
+    elif path.suffix.lower() not in readers:
+        raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, or a folder per label.")
+    else:
+        rows = _from_records(path, readers[path.suffix.lower()](path), text, label, pair)
+    if not len(rows):
+        raise DataError(f"{path} has no usable row. {rows.broken_in_words()}")
+    return rows
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            yield number, ValueError(f"not JSON: {error}")
+
+
+def _table(path: Path) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(1 << 24)
+    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
+        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+        header = next(reader, [])
+        while True:
+            try:
+                cells = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield reader.line_num, ValueError(str(error))
+                continue
+            if cells and len(cells) != len(header):
+                yield reader.line_num, ValueError(f"{len(cells)} fields where the header has {len(header)}")
+            elif cells:
+                yield reader.line_num, dict(zip(header, cells))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            yield number, line.decode("utf-8", errors="replace")
+
+
+def _from_records(path: Path, records: Iterator[tuple[int, Any]], text: str, label: str, pair: str | None) -> Rows:
+    rows = Rows([], [])
+    for number, record in records:
+        problem = str(record) if isinstance(record, ValueError) else _problem(record, text, label, pair)
+        if problem:
+            rows.broken.append(f"{path.name}, line {number}: {problem}")
+            continue
+        first = str(record[text])
+        rows.texts.append((first, str(record[pair])) if pair else first)
+        rows.labels.append(str(record[label]))
+    return rows
+
+
+def _problem(record: Any, text: str, label: str, pair: str | None) -> str:
+    if not isinstance(record, dict):
+        return f"not an object but {type(record).__name__}"
+    for key in filter(None, (text, pair, label)):
+        value = record.get(key)
+        if value is None:
+            return f"no '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})"
+        if isinstance(value, (dict, list)) or not str(value).strip():
+            return f"'{key}' is {'empty' if not isinstance(value, (dict, list)) else 'not a text'}"
+        if key != label and "\ufffd" in str(value):
+            return f"'{key}' is not UTF-8"
+    return ""
+
+
+def _folder(path: Path) -> Rows:
+    rows = Rows([], [])
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir())
+    if not folders:
+        raise DataError(f"{path} has no folders: it must hold one folder of .txt files for each label.")
+    for folder in folders:
+        for file in sorted(folder.glob("*.txt")):
+            try:
+                content = file.read_text(encoding="utf-8").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                rows.broken.append(f"{folder.name}/{file.name}: {error}")
+                continue
+            if not content:
+                rows.broken.append(f"{folder.name}/{file.name}: empty")
+                continue
+            rows.texts.append(content)
+            rows.labels.append(folder.name)
+    return rows
+
+
+def split_rows(rows: Rows, holdout: float, seed: int) -> tuple[Rows, Rows]:
+    """(train, held out). Rows with the same text stay on the same side.
+
+    Raises:
+        DataError: more held out than there is.
+    """
+    wanted = int(holdout) if holdout >= 1 else max(1, round(holdout * len(rows)))
+    if wanted >= len(rows):
+        raise DataError(f"Cannot hold out {wanted} of {len(rows)} rows: nothing would be left to train on.")
+    groups: dict[Any, list[int]] = {}
+    for index, text in enumerate(rows.texts):
+        groups.setdefault(text, []).append(index)
+    members = list(groups.values())
+    held: list[int] = []
+    for group in np.random.default_rng([seed, 2]).permutation(len(members)):
+        if len(held) + len(members[group]) <= wanted:
+            held += members[group]
+    chosen = set(held)
+    return rows.take([i for i in range(len(rows)) if i not in chosen]), rows.take(sorted(held))
+
+
+def overlapping(train: Rows, test: Rows) -> list[int]:
+    """Indices of the training rows whose text is also held out."""
+    held = set(test.texts)
+    return [index for index, text in enumerate(train.texts) if text in held]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Tokenised rows of one length, and one blank row more, at index `count`, that fills up the last batch.
+
+    Attributes:
+        columns: `input_ids`, `attention_mask`, `token_type_ids` ``(count + 1, length)`` and `labels` ``(count + 1,)``.
+        count: rows that count.
+        cut: rows that were longer than they may be.
+    """
+
+    columns: dict[str, np.ndarray]
+    count: int
+    cut: int
+
+    def batches(self, order: np.ndarray, batch_size: int, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of `batch_size` rows in that order, through MindSpore's pipeline, the first `skip` left out."""
+        missing = -len(order) % batch_size
+        filled = [int(index) for index in order[skip * batch_size :]] + [self.count] * missing
+        if not filled:
+            return
+        rows = {name: values[filled] for name, values in self.columns.items()}
+        pipeline = msds.NumpySlicesDataset(rows, shuffle=False, num_parallel_workers=1)
+        yield from pipeline.batch(batch_size).create_dict_iterator(num_epochs=1, output_numpy=False)
+
+
+def load_tokenizer(directory: str | Path) -> Any:
+    """The tokenizer of ``tokenizer.json``.
+
+    Raises:
+        DataError: no such file, or not a tokenizer.
+    """
+    from tokenizers import Tokenizer
+
+    path = Path(directory) / "tokenizer.json"
+    if not path.is_file():
+        raise DataError(f"There is no {path}: a fast tokenizer is needed.")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for what it cannot parse
+        raise DataError(f"{path} is not a tokenizer: {error}") from error
+
+
+def encode(tokenizer: Any, rows: Rows, labels: list[str], max_length: int, length: int | None = None) -> Encoded:
+    """Token ids padded to one length: `length`, or the longest row rounded up to a multiple of 8.
+
+    A label that is not among `labels` becomes the label that counts for nothing.
+    """
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    natural = [len(entry.ids) for entry in tokenizer.encode_batch(rows.texts)]
+    limit = min(length or max_length, max_length)
+    tokenizer.enable_truncation(limit)
+    encodings = tokenizer.encode_batch(rows.texts)
+    longest = max((len(entry.ids) for entry in encodings), default=1)
+    width = length or min(max_length, -(-longest // 8) * 8)
+    shape = (len(rows) + 1, width)
+    columns = {name: np.zeros(shape, np.int32) for name in ("input_ids", "attention_mask", "token_type_ids")}
+    for index, entry in enumerate(encodings):
+        size = len(entry.ids)
+        columns["input_ids"][index, :size] = entry.ids
+        columns["attention_mask"][index, :size] = entry.attention_mask
+        columns["token_type_ids"][index, :size] = entry.type_ids
+    columns["attention_mask"][-1, 0] = 1  # the blank row attends to something
+    number = {label: index for index, label in enumerate(labels)}
+    columns["labels"] = np.array([number.get(label, IGNORED) for label in rows.labels] + [IGNORED], np.int32)
+    return Encoded(columns, len(rows), sum(size > limit for size in natural))

@@ -1,0 +1,80 @@
+r"""Dropout that can be resumed: its masks are a function of (seed, step), not of a generator's hidden state.
+
+MindSpore's dropout kernels keep their generator inside the compiled graph, where no checkpoint reaches it, so a resumed
+run would see other masks than an uninterrupted one. Here entry (r, c) of a mask at step t is kept when the 32-bit word
+
+.. math:: s_{rc} = (a_t\, h_r)\, g_c + b_t \mod 2^{32}
+
+is at or above the threshold: multiply-add hashing (Dietzfelbinger 1996, section 3) of fixed random odd words h and g,
+with a fresh odd multiplier a_t and a fresh b_t for every layer and step. Any two entries of a mask are independent.
+"""
+
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mindpet.graph.inject import replace_cell
+from mindpet.graph.targets import cells_by_path
+
+_POOL = 1 << 20  # words: the longest mask has so many rows
+
+
+class ResumableDropout(nn.Cell):
+    """Dropout whose mask at each step follows from one row of `keys`."""
+
+    def __init__(self, p: float, words: Parameter, keys: Parameter, site: int):
+        super().__init__(auto_prefix=False)
+        self.words, self.keys = words, keys
+        self.site = site
+        self.threshold = Tensor(int(-(2**31) + p * 2**32), mstype.int32)
+        self.scale = 1.0 / (1.0 - p)
+
+    def construct(self, x):
+        if not self.training:
+            return x
+        columns = x.shape[-1]
+        rows = x.size // columns
+        row_words = (self.words[:rows] * self.keys[self.site, 0]).reshape((rows, 1))
+        word = row_words * self.words[_POOL - columns :] + self.keys[self.site, 1]  # (rows, columns)
+        kept = ops.greater_equal(word, self.threshold).astype(x.dtype) * self.scale
+        return x * kept.reshape(x.shape)
+
+
+class DropoutKeys:
+    """All resumable dropouts of a network, and the setting of their keys for a step."""
+
+    def __init__(self, network: nn.Cell, seed: int):
+        sites = {
+            path: cell
+            for path, cell in cells_by_path(network).items()
+            if type(cell) is nn.Dropout and _probability(cell) > 0
+        }
+        self.seed, self.count = seed, len(sites)
+        if not sites:
+            return
+        generator = np.random.default_rng([seed, 0])
+        words = generator.integers(-(2**31), 2**31, _POOL, dtype=np.int64).astype(np.int32) | 1
+        shared = Parameter(Tensor(words), name="dropout_words", requires_grad=False)
+        self.keys = Parameter(Tensor(self._words_for(0)), name="dropout_keys", requires_grad=False)
+        for site, (path, cell) in enumerate(sites.items()):
+            new = ResumableDropout(_probability(cell), shared, self.keys, site)
+            new.set_train(cell.training)
+            replace_cell(network, path, new)
+        shared.name, self.keys.name = "dropout_words", "dropout_keys"
+
+    def set_step(self, step: int) -> None:
+        """Give every dropout the masks of this step."""
+        if self.count:
+            self.keys.set_data(Tensor(self._words_for(step)))
+
+    def _words_for(self, step: int) -> np.ndarray:
+        generator = np.random.default_rng([self.seed, step, 1])
+        words = generator.integers(-(2**31), 2**31, (self.count, 2), dtype=np.int64).astype(np.int32)
+        words[:, 0] |= 1
+        return words
+
+
+def _probability(cell: Any) -> float:
+    return cell.p if cell.p is not None else 1.0 - cell.keep_prob

@@ -1,0 +1,348 @@
+"""The training loop: steps, evaluations, saves, and going on where a run stopped."""
+
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from mindpet import _files
+from mindpet.graph.deltas import save_delta
+from mindpet.train.config import TrainSection
+from mindpet.train.data import Encoded
+from mindpet.train.dropout import DropoutKeys
+from mindpet.train.metrics import Scores, predict_logits, score
+from mindpet.train.step import AccumulateStep, AppliedStep, ClassificationLoss, TrainStep
+
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop; everything up to the present step is saved."""
+
+
+class Diverged(RuntimeError):
+    """The loss is not a finite number any more."""
+
+
+class CannotResume(RuntimeError):
+    """There is nothing to go on from, or it belongs to another run."""
+
+
+class Reporter:
+    """Is told what happens. This one says nothing; the command line's draws a progress bar."""
+
+    def start(self, done: int, total: int) -> None:
+        """Training begins, `done` of `total` steps are behind."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """A step is done: step, epoch, loss, learning_rate, gradient_norm, samples_per_second."""
+
+    def evaluation(self, record: dict[str, Any], best: bool) -> None:
+        """The held-out rows were scored: step, accuracy, macro_f1, evaluation_loss."""
+
+    def message(self, text: str) -> None:
+        """Anything else worth a line."""
+
+    def stop(self) -> None:
+        """Training is over, well or not."""
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        epoch: the pass it is in.
+        batch: batches done in that pass.
+        forward: forward passes done, which numbers the dropout masks.
+        best: best accuracy so far.
+        best_step: when it was.
+        waited: evaluations since then.
+        seconds: time spent training.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    batch: int = 0
+    forward: int = 0
+    best: float = -1.0
+    best_step: int = 0
+    waited: int = 0
+    seconds: float = 0.0
+
+
+def learning_rates(config: TrainSection, peak: float, total: int) -> list[float]:
+    """The rate of each step: up linearly over the warm-up, then as `schedule` says.
+
+    >>> from mindpet.train.config import TrainSection
+    >>> [round(rate, 2) for rate in learning_rates(TrainSection(warmup=2), 1.0, 6)]
+    [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+    warm = int(config.warmup) if config.warmup >= 1 else round(config.warmup * total)
+    rates = []
+    for step in range(total):
+        done = (step - warm) / max(1, total - warm)
+        if step < warm:
+            factor = (step + 1) / warm
+        elif config.schedule == "linear":
+            factor = 1.0 - done
+        elif config.schedule == "cosine":
+            factor = 0.5 * (1.0 + math.cos(math.pi * done))
+        else:
+            factor = 1.0
+        rates.append(peak * factor)
+    return rates
+
+
+def build_optimizer(config: TrainSection, parameters: list[Parameter], rates: list[float]) -> nn.Optimizer:
+    """The optimizer of the run file; biases and norms are not decayed."""
+    plain = [p for p in parameters if p.name.endswith(("bias", "beta", "gamma"))]
+    decayed = [p for p in parameters if not p.name.endswith(("bias", "beta", "gamma"))]
+    groups: Any = parameters
+    if config.weight_decay:
+        groups = [
+            {"params": group, "weight_decay": decay}
+            for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
+            if group
+        ] + [{"order_params": parameters}]
+    rate = Tensor(np.array(rates, np.float32))
+    if config.optimizer == "sgd":
+        return nn.Momentum(groups, rate, momentum=0.9)
+    if config.optimizer == "adamw":
+        return nn.AdamWeightDecay(groups, rate)
+    return nn.Adam(groups, rate)
+
+
+class Fit:
+    """Trains a network on encoded rows and keeps everything in one directory.
+
+    Args:
+        network: with its trainable parameters chosen; takes input_ids, attention_mask, token_type_ids.
+        config: section ``train`` of the run file.
+        peak_rate: highest learning rate.
+        train: rows to train on.
+        test: rows held out.
+        directory: where metrics, checkpoint and delta go.
+        reporter: is told what happens.
+        save: writes the delta of the best evaluation; given the network and a directory.
+    """
+
+    def __init__(
+        self,
+        network: nn.Cell,
+        config: TrainSection,
+        peak_rate: float,
+        train: Encoded,
+        test: Encoded,
+        directory: Path,
+        reporter: Reporter | None = None,
+        save: Callable[[nn.Cell, Path], None] = save_delta,
+    ):
+        self.network, self.config, self.train, self.test = network, config, train, test
+        self.directory, self.reporter, self.save = directory, reporter or Reporter(), save
+        self.batches = -(-train.count // config.batch_size)
+        self.steps_per_epoch = -(-self.batches // config.accumulate)
+        self.total = config.max_steps or self.steps_per_epoch * config.epochs
+        self.rates = learning_rates(config, peak_rate, self.total)
+        self.keys = DropoutKeys(network, config.seed)
+        parameters = list(network.trainable_params())
+        self.optimizer = build_optimizer(config, parameters, self.rates)
+        loss = ClassificationLoss(network, config.r_drop_alpha)
+        if config.accumulate == 1:
+            self.one_step = TrainStep(loss, self.optimizer, config.clip_norm)
+        else:
+            self.accumulate = AccumulateStep(loss, self.optimizer)
+            self.apply = AppliedStep(self.accumulate, self.optimizer, config.clip_norm)
+        self.progress = Progress()
+        self._stop: str | None = None
+
+    def run(self, resume: bool = False) -> Progress:
+        """Train until the steps are done, early stopping says so, or somebody interrupts.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after the present step was saved.
+            Diverged: the loss is not finite; the last save is left as it was.
+            CannotResume: `resume` without a checkpoint, or with one that does not fit.
+        """
+        metrics = self.directory / "metrics.jsonl"
+        if resume:
+            self._restore()
+            kept = [line for line in read_metrics(metrics) if line["step"] <= self.progress.step]
+            _files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
+        else:
+            _files.write_text(metrics, "")
+            self._save()  # from here on a kill can be resumed
+        self.reporter.start(self.progress.step, self.total)
+        try:
+            with _stop_on_signals(self), open(metrics, "a", encoding="utf-8") as log:
+                for record in self._steps(log):
+                    self.reporter.step(record)
+        finally:
+            self.reporter.stop()
+        if not (self.config.keep_best and self.progress.best_step):
+            self.save(self.network, self.directory / "delta")
+        return self.progress
+
+    def _steps(self, log: Any) -> Iterator[dict[str, Any]]:
+        progress, config = self.progress, self.config
+        while progress.step < self.total:
+            order = np.random.default_rng([config.seed, progress.epoch, 3]).permutation(self.train.count)
+            batches = self.train.batches(order, config.batch_size, skip=progress.batch)
+            self.network.set_train(True)
+            begun, samples = time.monotonic(), 0
+            for batch in batches:
+                self.keys.set_step(progress.forward)
+                rows = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], batch["labels"])
+                progress.forward += 1
+                progress.batch += 1
+                samples += min(config.batch_size, self.train.count - (progress.batch - 1) * config.batch_size)
+                if config.accumulate == 1:
+                    loss, norm = self.one_step(*rows)
+                else:
+                    self.accumulate(*rows)
+                    if progress.batch % config.accumulate and progress.batch < self.batches:
+                        continue
+                    loss, norm = self.apply()
+                value = float(loss)  # waits for the step
+                seconds = time.monotonic() - begun
+                progress.seconds += seconds
+                if not math.isfinite(value):
+                    raise Diverged(
+                        f"The loss became {value} at step {progress.step + 1}. The save of step "
+                        f"{progress.step // config.save_every * config.save_every} is intact. Try a lower "
+                        f"train.learning_rate than {max(self.rates):g}, a longer train.warmup, or train.clip_norm."
+                    )
+                record = {
+                    "step": progress.step + 1,
+                    "epoch": progress.epoch + 1,
+                    "loss": value,
+                    "learning_rate": self.rates[progress.step],
+                    "gradient_norm": float(norm),
+                    "samples_per_second": round(samples / seconds, 1),
+                }
+                progress.step += 1
+                _log(log, record)
+                yield record
+                if self._after_step(log):
+                    return
+                begun, samples = time.monotonic(), 0
+            progress.epoch, progress.batch = progress.epoch + 1, 0
+
+    def _after_step(self, log: Any) -> bool:
+        """Evaluate and save when it is time; whether training is to end here."""
+        progress, config = self.progress, self.config
+        end = progress.step == self.total
+        at_epoch_end = progress.batch == self.batches
+        due = progress.step % config.evaluate_every == 0 if config.evaluate_every else at_epoch_end
+        enough = False
+        if due or end:
+            scores = self.evaluate()
+            best = scores.accuracy > progress.best
+            progress.waited = 0 if best else progress.waited + 1
+            record = {"step": progress.step, **scores.as_record()}
+            if best:
+                progress.best, progress.best_step = scores.accuracy, progress.step
+                if config.keep_best:
+                    self.save(self.network, self.directory / "delta")
+            _log(log, record)
+            self.reporter.evaluation(record, best)
+            enough = config.early_stopping is not None and progress.waited >= config.early_stopping
+        if self._stop or end or enough or progress.step % config.save_every == 0:
+            self._save()
+        if self._stop:
+            raise Interrupted(f"Stopped by {self._stop} after step {progress.step} of {self.total}; it is saved.")
+        if enough and not end:
+            self.reporter.message(
+                f"Early stopping: no better accuracy than {progress.best:.2%} in {progress.waited} evaluations."
+            )
+        return end or enough
+
+    def evaluate(self) -> Scores:
+        """Scores on the held-out rows."""
+        logits = predict_logits(self.network, self.test, self.config.batch_size)
+        self.network.set_train(True)
+        return score(logits, self.test.columns["labels"][: self.test.count])
+
+    def _state(self) -> dict[str, Parameter]:
+        trained = {f"network/{parameter.name}": parameter for parameter in self.optimizer.parameters}
+        known = {id(parameter) for parameter in trained.values()}
+        own = {f"optimizer/{p.name}": p for p in self.optimizer.get_parameters() if id(p) not in known}
+        return {**trained, **own}
+
+    def _save(self) -> None:
+        tensors = {name: parameter.asnumpy() for name, parameter in self._state().items()}
+        state = {**asdict(self.progress), "total": self.total, "rows": self.train.count}
+        _files.write_tensors(self.directory / CHECKPOINT, tensors, {"state": json.dumps(state)})
+
+    def _restore(self) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        path = self.directory / CHECKPOINT
+        if not path.is_file():
+            raise CannotResume(f"There is no {path} to go on from: no step was saved before the run stopped.")
+        try:
+            with safe_open(path, framework="np") as file:
+                state = json.loads(file.metadata()["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise CannotResume(f"{path} cannot be read: {error}") from error
+        here = self._state()
+        if tensors.keys() != here.keys() or any(tuple(here[k].shape) != v.shape for k, v in tensors.items()):
+            raise CannotResume(f"{path} is of another network or optimizer.")
+        now = {"total": self.total, "rows": self.train.count}
+        if any(state.pop(key) != value for key, value in now.items()):
+            raise CannotResume(f"{path} is of a run with other data or another number of steps.")
+        for name, value in tensors.items():
+            here[name].set_data(Tensor(value))
+        self.progress = Progress(**state)
+
+    def stop(self, reason: str) -> None:
+        """Ask the loop to save and end after the present step."""
+        self._stop = reason
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
+    records = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return records
+
+
+def _log(log: Any, record: dict[str, Any]) -> None:
+    log.write(json.dumps(record) + "\n")
+    log.flush()
+
+
+@contextmanager
+def _stop_on_signals(fit: Fit) -> Iterator[None]:
+    """The first SIGINT or SIGTERM ends the run after its present step; the second ends it at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, previous[number])
+        fit.stop(signal.Signals(number).name)
+        fit.reporter.message("Finishing the present step, then saving...")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
