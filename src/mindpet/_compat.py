@@ -52,6 +52,12 @@ def set_child(parent: nn.Cell, name: str, child: nn.Cell) -> None:
         parent.cell_list = list(parent._cells.values())
 
 
+def forget_compiled(network: nn.Cell) -> None:
+    """Compile anew at the next call: a graph compiled before a Cell was replaced still runs the old one."""
+    for _, cell in network.cells_and_names():
+        cell.compile_cache.clear()
+
+
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:
     """The same checkpoint configuration, saving `network`."""
     config = copy.copy(config)

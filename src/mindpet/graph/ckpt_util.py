@@ -4,9 +4,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from mindspore import Parameter, nn
+from mindspore import Parameter, nn, save_checkpoint
 from mindspore.train import CheckpointConfig, ModelCheckpoint, RunContext
-from mindspore.train.callback._checkpoint import CheckpointManager
+from mindspore.train.callback._checkpoint import CheckpointManager, _chg_ckpt_file_name_if_same_exist
 
 from mindpet import _checks, _compat
 from mindpet.utils.exceptions import AbsolutePathError, LinkPathError
@@ -48,20 +48,44 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         super().__init__(prefix=prefix, directory=directory, config=config)
         self._delta = _TrainablePart(config.saved_network)
         self._config = _compat.with_saved_network(config, self._delta)
+        # On an exception Model itself would save the whole network, moments included: __exit__ does it instead.
+        self._exception_save, self._config.exception_save = config.exception_save, False
+        self._progress: Any = None
         self._manager = _RemoveAfterwards(config.format)
+
+    def begin(self, run_context: RunContext) -> None:
+        """Take the training network for what is saved."""
+        self._progress = run_context.original_args()
+        self._delta.follow(self._progress.train_network)
 
     def step_end(self, run_context: RunContext) -> None:
         """Save, when it is time to."""
-        self._delta.training_network = run_context.original_args().train_network
         super().step_end(run_context)
         if not self._config.async_save:
             self._manager.remove_now()
 
     def end(self, run_context: RunContext) -> None:
         """Save the last state, wait for what is still being written, and tidy up."""
-        self._delta.training_network = run_context.original_args().train_network
         super().end(run_context)
         self._manager.remove_now()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """With ``exception_save``: save what training has come to, under MindSpore's name for it."""
+        if kind is None or not self._exception_save or self._progress is None:
+            return
+        epoch, step, steps = self._progress.cur_epoch_num, self._progress.cur_step_num, self._progress.batch_num
+        prefix = _chg_ckpt_file_name_if_same_exist(self._directory, self._exception_prefix, True)
+        name = f"{prefix}-{epoch}_{(step - 1) % steps + 1 if step else 0}_breakpoint.ckpt"
+        self._append_dict_content(epoch, step)
+        save_checkpoint(
+            self._delta,
+            os.path.join(self._directory, name),
+            self._config.integrated_save,
+            append_dict=self._append_dict,
+            enc_key=self._config.enc_key,
+            enc_mode=self._config.enc_mode,
+            crc_check=self._config.crc_check,
+        )
 
 
 class _TrainablePart(nn.Cell):
@@ -69,21 +93,16 @@ class _TrainablePart(nn.Cell):
 
     def __init__(self, saved_network: nn.Cell | None):
         super().__init__(auto_prefix=False)
-        self._holder: dict[str, Any] = {"saved": saved_network, "training": None}
+        self._holder: dict[str, Any] = {"saved": saved_network, "training": None}  # a Cell in a dict is no child
 
-    @property
-    def training_network(self) -> nn.Cell:
-        """The network that trains, with loss and optimizer around it."""
-        return self._holder["training"]
-
-    @training_network.setter
-    def training_network(self, network: nn.Cell) -> None:
+    def follow(self, network: nn.Cell) -> None:
+        """Take `network`, with loss and optimizer around it, as what trains."""
         self._holder["training"] = network
 
     @property
     def parameter_layout_dict(self) -> dict:
         """How parameters are cut over devices."""
-        return self.training_network.parameter_layout_dict
+        return self._holder["training"].parameter_layout_dict
 
     @parameter_layout_dict.setter
     def parameter_layout_dict(self, value: dict) -> None:
@@ -91,7 +110,7 @@ class _TrainablePart(nn.Cell):
 
     def parameters_and_names(self, name_prefix: str = "", expand: bool = True) -> Iterator[tuple[str, Parameter]]:
         """The trainable parameters, those of the optimizer itself left out."""
-        network = self._holder["saved"] or self.training_network
+        network = self._holder["saved"] or self._holder["training"]
         own = set()
         for _, cell in network.cells_and_names():
             if isinstance(cell, nn.Optimizer):

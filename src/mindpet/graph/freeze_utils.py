@@ -141,14 +141,26 @@ def train_only(model: nn.Cell, methods: Sequence[Method], also: Sequence[str] = 
                 f"{', '.join(method.trainable)}), so everything would be frozen. {_what_is_there(names)}"
             )
         chosen |= ids
-    for pattern in also:
-        ids = {id(p) for p, known in names if _matches(known, (pattern, f"{pattern}.*", f"*.{pattern}.*"))}
-        if not ids:
-            paths = [name for _, known in names for name in known]
-            raise ValueError(f"No parameter lies below {pattern!r}{_checks.near(pattern, paths)}.")
-        chosen |= ids
+    chosen |= parameters_below(model, also)
     for parameter, _ in names:
         parameter.requires_grad = id(parameter) in chosen
+
+
+def parameters_below(model: nn.Cell, patterns: Sequence[str]) -> set[int]:
+    """The ids of the parameters below the cells that `patterns` match.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    names = names_of_parameters(model)
+    found: set[int] = set()
+    for pattern in patterns:
+        ids = {id(p) for p, known in names if _matches(known, (pattern, f"{pattern}.*", f"*.{pattern}.*"))}
+        if not ids:
+            parts = {part for _, known in names for name in known for part in (name, *name.split("."))}
+            raise ValueError(f"No parameter lies below {pattern!r}{_checks.near(pattern, parts)}.")
+        found |= ids
+    return found
 
 
 def names_of_parameters(model: nn.Cell) -> list[tuple[Parameter, set[str]]]:

@@ -5,7 +5,7 @@ from mindspore import nn
 from mindpet import _checks, _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import METHODS, method_of
-from mindpet.graph.freeze_utils import train_only
+from mindpet.graph.freeze_utils import parameters_below, train_only
 from mindpet.graph.targets import cells_by_path, find_targets
 
 _RECORD = "mindpet_injected"  # the attribute of a network that remembers what was injected
@@ -23,6 +23,7 @@ def replace_cell(root: nn.Cell, path: str, new: nn.Cell) -> None:
     parent, _, name = path.rpartition(".")
     shared = {id(parameter) for parameter in cells[path].get_parameters()}
     _compat.set_child(cells[parent], name, new)
+    _compat.forget_compiled(root)
     for parameter_path, parameter in new.parameters_and_names(path):
         if id(parameter) not in shared:
             parameter.name = parameter_path
@@ -52,15 +53,19 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     """
     _checks.cell("inject", "network", network)
     method = method_of(config)
+    parameters_below(network, config.modules_to_save)  # a miss is found before anything changes
     if method.adapt:
         kinds = tuple(method.adapt)
         report = find_targets(network, config.targets or method.targets, kinds, config.exclude).require_all()
-        replacements = {}
+        replacements: dict[str, nn.Cell] = {}
+        made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
         for path, cell in report.matched.items():
             if is_adapted(cell):
                 raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")
             make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
-            replacements[path] = make(cell, config)
+            if id(cell) not in made:
+                made[id(cell)] = make(cell, config)
+            replacements[path] = made[id(cell)]
         for path, new in replacements.items():
             replace_cell(network, path, new)
     train_only(network, [method], config.modules_to_save, include_norm=getattr(config, "include_norm", False))

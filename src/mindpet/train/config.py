@@ -263,5 +263,5 @@ def _in_words(entry: Any) -> str:
 
 
 def _near(name: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=2)
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
     return f"; did you mean {' or '.join(repr(entry) for entry in close)}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,83 @@
+"""A whole model directory, small enough to train in a second: random weights, a real tokenizer, Hugging Face's layout."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from mindpet.models import BertConfig, BertForSequenceClassification
+from mindpet.models.loading import hugging_face_name
+
+TOPICS = {
+    "sea": ["boat", "wave", "fish", "harbour", "tide", "sail"],
+    "sky": ["cloud", "star", "wind", "bird", "moon", "kite"],
+    "land": ["tree", "hill", "road", "field", "stone", "farm"],
+}
+FILLERS = ["the", "a", "old", "new", "near", "under", "over", "and", "small", "quiet"]
+SIZES = {
+    "vocab_size": 40,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 32,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+}
+
+
+def write_model(directory: Path, **changes) -> Path:
+    """config.json, model.safetensors and tokenizer.json of a tiny BERT without a head."""
+    directory.mkdir(parents=True, exist_ok=True)
+    sizes = {**SIZES, **changes}
+    (directory / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
+    network = BertForSequenceClassification(BertConfig(**sizes))
+    generator = np.random.default_rng(5)
+    tensors = {}
+    for parameter in network.bert.get_parameters():
+        value = generator.standard_normal(parameter.shape).astype(np.float32) * 0.3
+        if parameter.name.endswith("gamma"):
+            value = value + 1
+        tensors[hugging_face_name(parameter.name).removeprefix("bert.")] = value
+    save_file(tensors, directory / "model.safetensors")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *FILLERS, *(word for words in TOPICS.values() for word in words)]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    tokenizer.save(str(directory / "tokenizer.json"))
+    return directory
+
+
+def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Sentences of fillers with one or two words of their topic."""
+    generator = np.random.default_rng(seed)
+    rows = []
+    for index in range(count):
+        label = list(TOPICS)[index % len(TOPICS)]
+        words = [*generator.choice(FILLERS, 4), *generator.choice(TOPICS[label], 2)]
+        generator.shuffle(words)
+        rows.append({"text": " ".join(words) + f" {index}", "label": label})
+    return rows
+
+
+def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
+    """One JSON object a line."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def overrides(model: Path, train: Path, output: Path, *more: str) -> list[str]:
+    """A short run on the tiny model."""
+    return [
+        f"model.path={model}",
+        f"data.train={train}",
+        f"output.directory={output}",
+        "data.max_length=16",
+        "train.batch_size=8",
+        "train.epochs=2",
+        "train.learning_rate=0.01",
+        *more,
+    ]

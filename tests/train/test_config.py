@@ -1,0 +1,94 @@
+import pytest
+import yaml
+
+from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config, template
+
+NEEDED = ["model.path=m", "data.train=d.jsonl"]
+
+
+def test_overrides_go_over_the_file_and_the_file_over_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\ndata: {train: d}\ntrain: {epochs: 7, batch_size: 4}\n")
+    config = load_run(path, ["train.epochs=9", "method.rank=2"])
+    assert (config.train.epochs, config.train.batch_size, config.train.accumulate) == (9, 4, 1)
+    assert method_config(config.method).rank == 2
+
+
+def test_the_template_is_a_valid_run_file_that_means_the_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(template("m", "d.jsonl"))
+    config = load_run(path)
+    expected = load_run(None, [*NEEDED, "method.rank=8", "method.alpha=16"])
+    assert config == expected
+
+
+def test_the_template_explains_every_key():
+    text = template()
+    for section in RunConfig.model_fields.values():
+        for key, field in section.annotation.model_fields.items():
+            assert f"  {key}:" in text
+            assert field.description
+            assert field.description in text
+
+
+def test_the_resolved_file_reads_back_the_same(tmp_path):
+    config = load_run(None, [*NEEDED, "method.targets=['*.query']", "train.learning_rate=1e-3"])
+    (tmp_path / "run.yaml").write_text(as_yaml(config))
+    assert load_run(tmp_path / "run.yaml") == config
+    assert yaml.safe_load(as_yaml(config))["method"]["targets"] == ["*.query"]
+
+
+def test_every_problem_is_in_one_message():
+    with pytest.raises(RunFileError) as error:
+        load_run(None, ["train.epoch=3", "data.trian=x", "train.batch_size=many", "train.seed=-1", "nonsense"])
+    message = str(error.value)
+    for part in (
+        "7 problems",
+        "train.epoch: there is no such key; did you mean 'epochs'?",
+        "data.trian: there is no such key; did you mean 'train'?",
+        "train.batch_size: ",
+        "'many'",
+        "train.seed: ",
+        "data.train: is needed",
+        "model: is needed",
+        "'nonsense' is not section.key=value",
+    ):
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("method.name=loar", "did you mean lora?"),
+        ("method.rnak=3", "did you mean 'rank'?"),
+        ("method.rank=0", "'rank' must be a positive int, but got 0"),
+        ("method.dropout=2.0", "'dropout' must be in \\[0, 1\\)"),
+        ("train.optimizer=adm", "train.optimizer"),
+        ("train.mode=fast", "train.mode"),
+        ("data.holdout=1.5", "whole number of rows"),
+        ("output.dir=x", "did you mean 'directory'?"),
+        ("modle.path=x", "did you mean 'model'?"),
+    ],
+)
+def test_a_wrong_value_is_explained(override, says):
+    with pytest.raises(RunFileError, match=says):
+        load_run(None, [*NEEDED, override])
+
+
+def test_options_of_full_are_refused():
+    with pytest.raises(RunFileError, match="'full' has no options"):
+        load_run(None, [*NEEDED, "method.name=full", "method.rank=2"])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "!!python/object/apply:os.system ['true']", "\x00"])
+def test_what_is_not_a_run_file_is_refused(tmp_path, content):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(RunFileError, match="run.yaml"):
+        load_run(path)
+
+
+def test_a_missing_run_file_names_its_neighbours(tmp_path):
+    (tmp_path / "run.yaml").write_text("")
+    with pytest.raises(RunFileError, match="near it: run.yaml"):
+        load_run(tmp_path / "rum.yaml")

@@ -1,0 +1,134 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mindpet.train.data import DataError, Rows, encode, load_tokenizer, overlapping, read_rows, split_rows
+from mindpet.train.step import IGNORED
+from tests.tiny import write_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(write_model(tmp_path_factory.mktemp("tiny")))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rows.jsonl", '{"text": "a b", "label": 1}\n\n{"text": "c, d", "label": "x"}\n'),
+        ("rows.csv", 'label,text\n1,a b\nx,"c, d"\n'),
+        ("rows.tsv", "text\tlabel\na b\t1\nc, d\tx\n"),
+    ],
+)
+def test_each_format_gives_the_same_rows(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(content)
+    rows = read_rows(path)
+    assert (rows.texts, rows.labels, rows.broken) == (["a b", "c, d"], ["1", "x"], [])
+
+
+def test_a_folder_per_label(tmp_path):
+    for label, text in (("x", "one"), ("y", "two")):
+        (tmp_path / label).mkdir()
+        (tmp_path / label / "1.txt").write_text(text + "\n")
+    (tmp_path / "y" / "2.txt").write_bytes(b"\xa3 five")
+    rows = read_rows(tmp_path)
+    assert (rows.texts, rows.labels) == (["one", "two"], ["x", "y"])
+    assert len(rows.broken) == 1
+    assert "y/2.txt" in rows.broken[0]
+
+
+def test_broken_rows_are_named_by_line_and_counted(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    bad = [
+        "{",
+        "[1]",
+        '{"text": "a"}',
+        '{"text": "", "label": 1}',
+        '{"text": {}, "label": 1}',
+        '{"txt": "a", "label": 1}',
+    ]
+    path.write_text('{"text": "good", "label": "1"}\n' + "\n".join(bad) + "\n")
+    rows = read_rows(path)
+    assert rows.texts == ["good"]
+    assert len(rows.broken) == len(bad)
+    assert rows.broken[0].startswith("rows.jsonl, line 2: not JSON")
+    assert "line 4: no 'label' (it has: text)" in rows.broken[2]
+    assert "and 1 more" in rows.broken_in_words()
+
+
+def test_a_csv_row_with_too_few_fields_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\ngood,1\nonly\n")
+    rows = read_rows(path)
+    assert rows.broken == ["rows.csv, line 3: 1 fields where the header has 2"]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda d: d / "none.jsonl", "There is no file or folder"),
+        (lambda d: d, "no folders"),
+        (lambda d: _write(d / "rows.xlsx", "x"), "known endings"),
+        (lambda d: _write(d / "rows.jsonl", '{"a": 1}\n'), "no usable row.*no 'text'"),
+        (lambda d: _write(d / "rows.csv", ""), "no usable row"),
+    ],
+)
+def test_data_that_cannot_be_used_is_explained(tmp_path, make, says):
+    with pytest.raises(DataError, match=f"(?s){says}"):
+        read_rows(make(tmp_path))
+
+
+def _write(path, content):
+    path.write_text(content)
+    return path
+
+
+@given(st.lists(st.integers(0, 30), min_size=3, max_size=60), st.integers(1, 20), st.integers(0, 5))
+def test_a_split_keeps_equal_texts_on_one_side(numbers, holdout, seed):
+    rows = Rows([str(n) for n in numbers], ["x"] * len(numbers))
+    if holdout >= len(rows):
+        with pytest.raises(DataError):
+            split_rows(rows, holdout, seed)
+        return
+    train, test = split_rows(rows, holdout, seed)
+    assert sorted(train.texts + test.texts) == sorted(rows.texts)
+    assert not overlapping(train, test)
+    assert len(test) <= holdout
+    if len(set(numbers)) == len(numbers):
+        assert len(test) == holdout
+    assert split_rows(rows, holdout, seed)[1].texts == test.texts
+
+
+def test_overlapping_rows_are_found():
+    assert overlapping(Rows(["a", "b", "c"], ["x"] * 3), Rows(["c", "z"], ["x"] * 2)) == [2]
+
+
+def test_encoding_pads_cuts_and_counts(tokenizer):
+    rows = Rows(["boat", "boat wave fish tide sail the old new near under over and"], ["sea", "land"])
+    encoded = encode(tokenizer, rows, ["land", "sea"], max_length=10)
+    ids, mask = encoded.columns["input_ids"], encoded.columns["attention_mask"]
+    assert ids.shape == (3, 10)
+    assert mask.sum(1).tolist() == [3, 10, 1]
+    assert ids[0, :3].tolist() == [2, tokenizer.token_to_id("boat"), 3]
+    assert encoded.columns["labels"].tolist() == [1, 0, IGNORED]
+    assert encoded.cut == 1
+
+
+def test_pairs_get_segment_ids(tokenizer):
+    encoded = encode(tokenizer, Rows([("boat", "wave")], ["x"]), ["x"], 16)
+    assert encoded.columns["token_type_ids"][0, :6].tolist() == [0, 0, 0, 1, 1, 0]
+
+
+def test_an_unknown_label_does_not_count(tokenizer):
+    assert encode(tokenizer, Rows(["boat"], ["?"]), ["x"], 8).columns["labels"][0] == IGNORED
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_batches_follow_the_order_and_fill_up_with_rows_that_do_not_count(tokenizer, skip):
+    rows = Rows(["boat", "wave", "fish", "tide", "sail"], list("abcde"))
+    encoded = encode(tokenizer, rows, list("abcde"), 8)
+    order = np.array([4, 2, 0, 1, 3])
+    labels = [batch["labels"].asnumpy().tolist() for batch in encoded.batches(order, 2, skip)]
+    assert labels == [[4, 2], [0, 1], [3, IGNORED]][skip:]

@@ -1,0 +1,269 @@
+import json
+import math
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindpet.train import run
+from mindpet.train.config import METHOD_NAMES, RunFileError, TrainSection, load_run
+from mindpet.train.data import DataError
+from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Reporter, learning_rates, read_metrics
+from tests.tiny import overrides, sentences, write_model, write_rows
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(60))
+
+
+class Notes(Reporter):
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
+
+
+def settings(inputs, output, *more):
+    return load_run(None, overrides(*inputs, output, *more))
+
+
+def losses(directory):
+    return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
+
+
+@pytest.fixture
+def back_to_pynative():
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.mark.parametrize("alpha", [0, 4])
+@pytest.mark.parametrize("train_mode", ["graph", "pynative"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.usefixtures("back_to_pynative")
+def test_every_method_learns(inputs, tmp_path, method, train_mode, alpha):
+    config = settings(
+        inputs,
+        tmp_path,
+        f"method.name={method}",
+        f"train.mode={train_mode}",
+        f"train.r_drop_alpha={alpha}",
+        "train.max_steps=24",
+        "train.epochs=4",
+        "train.learning_rate=0.03",
+    )
+    report = run.finetune(config)
+    assert report["after"]["evaluation_loss"] < report["before"]["evaluation_loss"]
+    curve = losses(tmp_path)
+    assert len(curve) == 24
+    assert all(math.isfinite(loss) for loss in curve)
+    assert 0 < report["parameters"]["share"] <= 1
+    saved = json.loads((tmp_path / "delta" / "delta.json").read_text())["parameters"]
+    assert any(name.startswith("classifier") for name in saved)
+    scores, labels = run.evaluate(tmp_path)
+    assert scores.accuracy == report["after"]["accuracy"]
+    assert labels == ["land", "sea", "sky"]
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_both_modes_give_the_same_curve(inputs, tmp_path):
+    curves = {}
+    for train_mode in ("graph", "pynative"):
+        run.finetune(settings(inputs, tmp_path / train_mode, f"train.mode={train_mode}", "train.max_steps=6"))
+        curves[train_mode] = losses(tmp_path / train_mode)
+    np.testing.assert_allclose(curves["graph"], curves["pynative"], rtol=2e-4)
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_accumulation_equals_one_large_batch(inputs, tmp_path):
+    same = ("train.max_steps=5", "model.dropout=0", "train.weight_decay=0.01", "train.clip_norm=0.5")
+    run.finetune(settings(inputs, tmp_path / "large", "train.batch_size=12", *same))
+    run.finetune(settings(inputs, tmp_path / "small", "train.batch_size=4", "train.accumulate=3", *same))
+    np.testing.assert_allclose(losses(tmp_path / "small"), losses(tmp_path / "large"), rtol=1e-4)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.usefixtures("back_to_pynative")
+def test_every_optimizer_decays_what_it_should(inputs, tmp_path, optimizer):
+    more = (f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.max_steps=6", "train.mode=pynative")
+    run.finetune(settings(inputs, tmp_path, *more))
+    curve = losses(tmp_path)
+    assert curve[-1] < curve[0]
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_the_uneven_last_batch_counts_its_rows_only(inputs, tmp_path):
+    model, _ = inputs
+    rows = write_rows(tmp_path / "rows.jsonl", sentences(9))
+    test = write_rows(tmp_path / "test.jsonl", sentences(6, seed=1))
+    same = ("model.dropout=0", "train.epochs=1", f"data.test={test}", "data.overlap=keep", "train.mode=pynative")
+    run.finetune(load_run(None, overrides(model, rows, tmp_path / "a", "train.batch_size=9", *same)))
+    run.finetune(load_run(None, overrides(model, rows, tmp_path / "b", "train.batch_size=16", *same)))
+    np.testing.assert_allclose(losses(tmp_path / "a"), losses(tmp_path / "b"), rtol=1e-5)
+
+
+def start(inputs, output, *more):
+    """The command in a process of its own."""
+    command = [sys.executable, "-m", "mindpet", "finetune", str(write_run_file(inputs, output, *more))]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT)
+
+
+def write_run_file(inputs, output, *more):
+    from mindpet.train.config import as_yaml
+
+    path = output.parent / f"{output.name}.yaml"
+    path.write_text(as_yaml(settings(inputs, output, *more)))
+    return path
+
+
+def wait_for_steps(output, steps, process):
+    for _ in range(1200):
+        if len(losses(output)) >= steps:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError("no progress")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "train_mode", "accumulate"), [("SIGINT", "graph", 1), ("SIGKILL", "pynative", 2)])
+def test_an_interrupted_run_resumes_to_the_same_curve(inputs, tmp_path, number, train_mode, accumulate):
+    more = (
+        "train.epochs=12",
+        f"train.mode={train_mode}",
+        f"train.accumulate={accumulate}",
+        "train.save_every=7",
+        "train.evaluate_every=10",
+        "train.r_drop_alpha=1",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    process = start(inputs, whole, *more)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    process = start(inputs, cut, *more)
+    wait_for_steps(cut, 11, process)
+    process.send_signal(getattr(signal, number))
+    output, _ = process.communicate(timeout=120)
+    done = len(losses(cut))
+    if number == "SIGINT":
+        assert process.returncode == 130, output
+        assert "--resume" in output
+    assert done < len(losses(whole)), "the run ended before the signal came"
+    resumed = [sys.executable, "-m", "mindpet", "finetune", str(tmp_path / "cut.yaml"), "--resume"]
+    again = subprocess.run(resumed, capture_output=True, text=True, cwd=ROOT, timeout=300)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert losses(cut) == losses(whole)
+    strip = lambda directory: {
+        key: value
+        for key, value in json.loads((directory / "report.json").read_text()).items()
+        if key in ("before", "after", "step", "kept_step")
+    }
+    assert strip(cut) == strip(whole)
+    ours, theirs = ((directory / "delta" / "delta.safetensors").read_bytes() for directory in (cut, whole))
+    assert ours == theirs
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_what_resume_refuses(inputs, tmp_path):
+    config = settings(inputs, tmp_path / "out", "train.max_steps=2", "train.mode=pynative")
+    with pytest.raises(CannotResume, match="nothing to go on from"):
+        run.finetune(config, resume=True)
+    run.finetune(config)
+    with pytest.raises(CannotResume, match="is finished"):
+        run.finetune(config, resume=True)
+    with pytest.raises(RunFileError, match="--overwrite"):
+        run.finetune(config)
+    (tmp_path / "out" / "report.json").unlink()
+    other = settings(inputs, tmp_path / "out", "train.max_steps=2", "train.mode=pynative", "train.batch_size=4")
+    with pytest.raises(CannotResume, match="train.batch_size: it was 8, now 4"):
+        run.finetune(other, resume=True)
+    (tmp_path / "out" / CHECKPOINT).write_bytes(b"broken")
+    with pytest.raises(CannotResume, match="cannot be read"):
+        run.finetune(config, resume=True)
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_early_stopping_and_the_best_delta(inputs, tmp_path):
+    more = ("train.early_stopping=2", "train.evaluate_every=1", "train.epochs=40", "train.learning_rate=1e-12")
+    notes = Notes()
+    report = run.finetune(settings(inputs, tmp_path, *more, "train.mode=pynative"), notes)
+    assert (report["step"], report["kept_step"]) == (3, 1)
+    assert any("Early stopping" in line for line in notes.lines)
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
+    with pytest.raises(Diverged, match="learning_rate"):
+        run.finetune(
+            settings(
+                inputs,
+                tmp_path,
+                "train.learning_rate=1e30",
+                "train.warmup=0",
+                "train.mode=pynative",
+                "train.clip_norm=0",
+            )
+        )
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_the_data_is_described(inputs, tmp_path):
+    model, _ = inputs
+    rows = sentences(30)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    path.write_text(path.read_text() + "broken\n")
+    test = write_rows(tmp_path / "test.jsonl", [*rows[:3], {"text": "far away", "label": "space"}])
+    notes = Notes()
+    config = load_run(None, overrides(model, path, tmp_path / "out", f"data.test={test}", "train.max_steps=1"))
+    report = run.finetune(config, notes)
+    text = "\n".join(notes.lines)
+    assert "1 row left out" in text
+    assert "line 31: not JSON" in text
+    assert "3 training rows have a text that is also held out" in text
+    assert "labels that no training row has (space)" in text
+    assert report["rows"] == {"train": 27, "test": 4}
+    with pytest.raises(DataError, match="data.overlap=drop"):
+        run.finetune(
+            load_run(None, [*overrides(model, path, tmp_path / "o", f"data.test={test}"), "data.overlap=error"])
+        )
+
+
+def test_the_learning_rate_warms_up_and_decays():
+    linear = learning_rates(TrainSection(warmup=0.2, schedule="linear"), 1.0, 10)
+    np.testing.assert_allclose(linear, [0.5, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+    cosine = learning_rates(TrainSection(warmup=0, schedule="cosine"), 2.0, 4)
+    np.testing.assert_allclose(cosine, [2 * 0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)])
+    assert learning_rates(TrainSection(warmup=0, schedule="constant"), 3.0, 2) == [3.0, 3.0]
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_the_folder_has_everything(inputs, tmp_path):
+    run.finetune(settings(inputs, tmp_path, "train.max_steps=2", "train.mode=pynative"))
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {
+        "before.json", CHECKPOINT, "curve.png", "delta", "labels.json", "metrics.jsonl", "report.json", "run.yaml",
+    }  # fmt: skip
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+    first = read_metrics(tmp_path / "metrics.jsonl")[0]
+    assert set(first) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "samples_per_second"}
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_predictions_come_with_probabilities(inputs, tmp_path):
+    run.finetune(settings(inputs, tmp_path, "train.epochs=6", "train.mode=pynative", "train.learning_rate=0.03"))
+    predictions = run.infer(tmp_path, ["the boat and the wave", "cloud"])
+    for chances in predictions:
+        assert set(chances) == {"sea", "sky", "land"}
+        assert list(chances.values()) == sorted(chances.values(), reverse=True)
+        assert sum(chances.values()) == pytest.approx(1)
+    assert next(iter(predictions[0])) == "sea"
