@@ -16,6 +16,7 @@ MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 def _device(tmp_path_factory):
     """Everything runs on the CPU, and what MindSpore dumps about a failed compilation goes to a temporary place."""
     ms.set_device("CPU")
+    ms.set_context(pynative_synchronize=True)  # small operators are fifty times faster without the queue
     ms.set_context(save_graphs_path=str(tmp_path_factory.mktemp("graphs")))
 
 

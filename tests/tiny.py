@@ -37,7 +37,8 @@ def write_model(directory: Path, **changes) -> Path:
     generator = np.random.default_rng(5)
     tensors = {}
     for parameter in network.bert.get_parameters():
-        value = generator.standard_normal(parameter.shape).astype(np.float32) * 0.3
+        scale = 1.0 if "word_embeddings" in parameter.name else 0.2  # the words show through all layers
+        value = generator.standard_normal(parameter.shape).astype(np.float32) * scale
         if parameter.name.endswith("gamma"):
             value = value + 1
         tensors[hugging_face_name(parameter.name).removeprefix("bert.")] = value
@@ -52,14 +53,14 @@ def write_model(directory: Path, **changes) -> Path:
 
 
 def sentences(count: int, seed: int = 0) -> list[dict[str, str]]:
-    """Sentences of fillers with one or two words of their topic."""
+    """Sentences of fillers with some words of their topic."""
     generator = np.random.default_rng(seed)
     rows = []
     for index in range(count):
         label = list(TOPICS)[index % len(TOPICS)]
-        words = [*generator.choice(FILLERS, 4), *generator.choice(TOPICS[label], 2)]
+        words = [*generator.choice(FILLERS, 3), *generator.choice(TOPICS[label], 4)]
         generator.shuffle(words)
-        rows.append({"text": " ".join(words) + f" {index}", "label": label})
+        rows.append({"text": " ".join(words), "label": label})
     return rows
 
 

