@@ -3,8 +3,8 @@
     python examples/headlines.py runs/headlines.jsonl
 
 The package carries 2225 articles in five folders; the first line of each is its headline. Articles that stand in it
-twice are taken once. The corpus is for research use: D. Greene and P. Cunningham, "Practical Solutions to the Problem of
-Diagonal Dominance in Kernel Document Clustering", ICML 2006.
+twice are taken once. The corpus is for research use: D. Greene and P. Cunningham, "Practical Solutions to the Problem
+of Diagonal Dominance in Kernel Document Clustering", ICML 2006.
 """
 
 import json

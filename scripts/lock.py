@@ -25,6 +25,7 @@ def frozen(python: str) -> tuple[str, dict[str, str]]:
 
 
 def main() -> None:
+    """Merge what each interpreter named on the command line gets."""
     by_python = dict(frozen(python) for python in sys.argv[1:])
     lines = ["# Written by scripts/lock.py: the versions that the tests run with."]
     for package in sorted({name for pins in by_python.values() for name in pins}, key=str.lower):

@@ -24,30 +24,16 @@ _HOMES = {
 __all__ = ["__version__", *_HOMES]
 
 if TYPE_CHECKING:
-    from mindpet.delta import (
-        METHODS as METHODS,
+    from mindpet.delta import (  # noqa: F401
+        METHODS,
+        AdapterConfig,
+        BitFitConfig,
+        LoRAConfig,
+        LowRankAdapterConfig,
+        PrefixConfig,
+        PTuning2Config,
     )
-    from mindpet.delta import (
-        AdapterConfig as AdapterConfig,
-    )
-    from mindpet.delta import (
-        BitFitConfig as BitFitConfig,
-    )
-    from mindpet.delta import (
-        LoRAConfig as LoRAConfig,
-    )
-    from mindpet.delta import (
-        LowRankAdapterConfig as LowRankAdapterConfig,
-    )
-    from mindpet.delta import (
-        PrefixConfig as PrefixConfig,
-    )
-    from mindpet.delta import (
-        PTuning2Config as PTuning2Config,
-    )
-    from mindpet.graph import inject as inject
-    from mindpet.graph import load_delta as load_delta
-    from mindpet.graph import save_delta as save_delta
+    from mindpet.graph import inject, load_delta, save_delta  # type: ignore[no-redef]  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

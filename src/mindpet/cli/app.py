@@ -111,9 +111,7 @@ def evaluate(
 @app.command()
 def infer(
     directory: RunDirectory,
-    texts: Annotated[
-        list[str] | None, typer.Argument(help="Texts to classify; without any, lines from stdin.")
-    ] = None,
+    texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify; without any, lines from stdin.")] = None,
     file: Annotated[Optional[Path], typer.Option("--file", help="A file with one text a line.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
 ) -> None:
@@ -214,6 +212,7 @@ def _readable_errors(resume: str = "") -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError):
             typer.secho(f"{error.name} is missing: pip install 'mindpet[cli,text]'", fg="red", err=True)
             raise typer.Exit(1) from None
-        typer.secho(f"{error}\n(MINDPET_TRACEBACK=1 shows where)", fg="red", err=True)
+        ours = type(error).__module__.startswith("mindpet") or type(error) is ValueError
+        hint = "" if ours else f"\n({kind}; MINDPET_TRACEBACK=1 shows where)"
+        typer.secho(f"{error}{hint}", fg="red", err=True)
         raise typer.Exit(2 if kind == "RunFileError" else 1) from None
-

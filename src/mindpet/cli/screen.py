@@ -49,7 +49,8 @@ class Screen(Reporter):
 
     def step(self, record: dict[str, Any]) -> None:
         """Move the bar, or print a line every few seconds."""
-        figures = f"loss {record['loss']:.3f}  rate {record['learning_rate']:.1e}  {record['samples_per_second']:.0f} samples/s"
+        rate, speed = record["learning_rate"], record["samples_per_second"]
+        figures = f"loss {record['loss']:.3f}  rate {rate:.1e}  {speed:.0f} samples/s"
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         elif time.monotonic() - self.last_line >= _LINE_EVERY or record["step"] == self.total:

@@ -180,7 +180,8 @@ def build_activation(owner: str, argument: str, name: str, unknown: type[Excepti
             f"For '{owner}', '{argument}' must be one of {', '.join(activation_names())}, "
             f"but got {_checks.shown(name)}{_checks.near(name, known)}."
         )
-    return _OWN.get(name, known[name])()
+    kind = _OWN[name] if name in _OWN else known[name]
+    return kind()
 
 
 def resolve_activation(owner: str, value: Any) -> Any:
@@ -213,7 +214,7 @@ def shard_activation(owner: str, argument: str, activation: Any, strategy: tuple
     kinds = getattr(activation, "second_operand", {})
     for operator in operators:
         if operator.name in _TWO_OPERANDS:
-            second = {"scalar": (), "vector": (1,)}.get(kinds.get(operator.instance_name), strategy[0])
+            second = {"scalar": (), "vector": (1,)}.get(kinds.get(operator.instance_name, ""), strategy[0])
             operator.shard((strategy[0], second))
         else:
             operator.shard(strategy)

@@ -172,7 +172,7 @@ class PrefixTuning(PrefixSlot):
         return cls(slot.num_layers, slot.num_heads, slot.head_dim, config)
 
     def construct(self):
-        pairs = ()
+        pairs: tuple = ()
         for layer in self.layers:
             key, value = layer()
             pairs += ((key.reshape(self.heads_shape), value.reshape(self.heads_shape)),)

@@ -173,7 +173,7 @@ class PTuning2(PrefixSlot):
 
     def construct(self):
         prompts = self.encoder.dropout(self.encoder.prompts())  # (tokens, layers * 2, heads, head_dim)
-        pairs = ()
+        pairs: tuple = ()
         for layer in range(self.num_layers):
             pairs += ((prompts[:, 2 * layer], prompts[:, 2 * layer + 1]),)
         return pairs

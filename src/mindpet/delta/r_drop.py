@@ -88,7 +88,7 @@ def rdrop_repeat(*inputs: Tensor) -> Any:
     >>> rdrop_repeat(Tensor([1, 2])).asnumpy().tolist()
     [1, 1, 2, 2]
     """
-    outputs = ()
+    outputs: tuple[Tensor, ...] = ()
     for value in inputs:
         pairs = ops.stack((value, value), 1)  # (N, 2, ...)
         outputs += (pairs.reshape((2 * value.shape[0],) + value.shape[1:]),)

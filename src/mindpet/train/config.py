@@ -208,7 +208,7 @@ def template(model: str = "path/to/model", train: str = "path/to/train.jsonl") -
     lines = ["# A run of `mindpet finetune`. Every key may be overridden: mindpet finetune run.yaml train.epochs=3", ""]
     given = {("model", "path"): model, ("data", "train"): train}
     for name, section in RunConfig.model_fields.items():
-        kind = section.annotation
+        kind: Any = section.annotation
         lines += [f"{name}:  # {(kind.__doc__ or '').strip().splitlines()[0]}"]
         for key, field in kind.model_fields.items():
             value = given.get((name, key), None if field.is_required() else field.default)

@@ -339,7 +339,7 @@ def _stop_on_signals(fit: Fit) -> Iterator[None]:
         return
 
     def handle(number: int, _: Any) -> None:
-        signal.signal(number, previous[number])
+        signal.signal(number, previous[signal.Signals(number)])
         fit.stop(signal.Signals(number).name)
         fit.reporter.message("Finishing the present step, then saving...")
 

@@ -37,14 +37,14 @@ class Prepared:
 def prepare_rows(config: RunConfig, reporter: Reporter) -> tuple[Rows, Rows]:
     """(train, held out), with everything worth knowing about them reported."""
     data, seed = config.data, config.train.seed
-    columns = {"text": data.text, "label": data.label, "pair": data.text_pair}
-    train = read_rows(data.train, **columns)
+    columns = (data.text, data.label, data.text_pair)
+    train = read_rows(data.train, *columns)
     if train.broken:
         reporter.message(f"{data.train}: {train.broken_in_words()}")
     if data.test is None:
         train, test = split_rows(train, data.holdout, seed)
     else:
-        test = read_rows(data.test, **columns)
+        test = read_rows(data.test, *columns)
         if test.broken:
             reporter.message(f"{data.test}: {test.broken_in_words()}")
     shared = overlapping(train, test)

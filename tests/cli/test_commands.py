@@ -1,0 +1,146 @@
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from mindpet.cli.app import app
+from tests.tiny import overrides, sentences, write_model, write_rows
+
+RUNNER = CliRunner()
+
+
+def invoke(*words, **more):
+    result = RUNNER.invoke(app, [str(word) for word in words], **more)
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run made by the command line: its directory, its run file, what was printed."""
+    folder = tmp_path_factory.mktemp("tuned")
+    model, rows = write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(60))
+    run_file = folder / "run.yaml"
+    code, output = invoke("config", "init", run_file, "--model", model, "--train", rows)
+    assert code == 0, output
+    more = overrides(model, rows, folder / "out", "train.mode=pynative", "train.epochs=8")[2:]
+    code, output = invoke("finetune", run_file, *more)
+    assert code == 0, output
+    return folder / "out", run_file, output
+
+
+def test_a_run_shows_progress_and_ends_with_a_table(tuned):
+    directory, _, output = tuned
+    for part in ("loss", "samples/s", "s left", "held-out accuracy", "before", "after", "peak memory", "curve.png"):
+        assert part in output
+    report = json.loads((directory / "report.json").read_text())
+    assert f"{report['parameters']['trainable']:,}" in output
+
+
+def test_evaluate_prints_tables_and_json(tuned):
+    directory, _, _ = tuned
+    code, output = invoke("evaluate", directory)
+    assert code == 0
+    assert "recall" in output
+    code, output = invoke("evaluate", directory, "--json")
+    scores = json.loads(output)
+    assert scores["accuracy"] == json.loads((directory / "report.json").read_text())["after"]["accuracy"]
+    assert sum(map(sum, scores["confusion"])) == scores["rows"] == 12
+
+
+def test_evaluate_takes_other_data(tuned, tmp_path):
+    directory, _, _ = tuned
+    other = write_rows(tmp_path / "other.jsonl", sentences(21, seed=9))
+    code, output = invoke("evaluate", directory, f"data.test={other}", "--json")
+    assert code == 0, output
+    assert json.loads(output)["rows"] == 21
+
+
+def test_infer_takes_arguments_a_file_and_stdin(tuned, tmp_path):
+    directory, _, _ = tuned
+    code, output = invoke("infer", directory, "the boat and the wave")
+    assert code == 0
+    assert "sea" in output
+    lines = tmp_path / "lines.txt"
+    lines.write_text("boat wave tide\n\nstar moon cloud\n")
+    for words, stdin in ((("--file", lines), None), ((), lines.read_text())):
+        code, output = invoke("infer", directory, "--json", *words, input=stdin)
+        assert code == 0, output
+        answers = [json.loads(line) for line in output.splitlines()]
+        assert [answer["label"] for answer in answers] == ["sea", "sky"]
+        assert all(sum(answer["probabilities"].values()) == pytest.approx(1) for answer in answers)
+
+
+def test_config_show_prints_the_resolved_file(tuned):
+    _, run_file, _ = tuned
+    code, output = invoke("config", "show", run_file, "train.epochs=3")
+    assert code == 0
+    assert yaml.safe_load(output)["train"]["epochs"] == 3
+    assert yaml.safe_load(output)["train"]["optimizer"] == "adam"
+
+
+def test_config_validate_checks_model_and_data(tuned, tmp_path):
+    _, run_file, _ = tuned
+    code, output = invoke("config", "validate", run_file, "data.max_length=16")
+    assert code == 0, output
+    assert "is fine" in output
+    code, output = invoke("config", "validate", run_file, f"data.train={tmp_path / 'none.jsonl'}")
+    assert code == 1
+    assert "There is no file or folder" in output
+
+
+def test_config_init_does_not_overwrite(tuned):
+    _, run_file, _ = tuned
+    code, output = invoke("config", "init", run_file)
+    assert code == 1
+    assert "is there already" in output
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (["finetune", "none.yaml"], 2, "There is no run file none.yaml"),
+        (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
+        (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora?"),
+        (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 1, "There is no nowhere/tokenizer.json"),
+        (["finetune", "RUN", "--resume"], 1, "is finished"),
+        (["finetune", "RUN"], 2, "--overwrite"),
+        (["evaluate", "."], 2, "is not the directory of a run"),
+        (["infer", ".", "text"], 2, "is not the directory of a run"),
+        (["infer", ".", "--file", "none.txt"], 1, "There is no file none.txt"),
+        (["finetune"], 2, "Missing argument"),
+        (["fintune"], 2, "No such command"),
+    ],
+)
+def test_mistakes_get_a_message_and_no_traceback(tuned, words, code, says, monkeypatch, tmp_path):
+    directory, run_file, _ = tuned
+    monkeypatch.chdir(tmp_path)
+    given = yaml.safe_load((directory / "run.yaml").read_text())
+    full = tmp_path / "full.yaml"
+    full.write_text(yaml.safe_dump(given))
+    actual, output = invoke(*[full if word == "RUN" else word for word in words])
+    assert (actual, "Traceback" in output) == (code, False), output
+    assert says in " ".join(output.split())
+
+
+def run_python(*words):
+    begun = time.monotonic()
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True)
+    return done.stdout, time.monotonic() - begun
+
+
+def test_help_and_version_do_not_import_mindspore():
+    code = "import sys; from mindpet.cli.app import app; print('mindspore' in sys.modules, 'pydantic' in sys.modules)"
+    assert run_python("-c", code)[0].split() == ["False", "False"]
+    assert "finetune" in run_python("-m", "mindpet", "--help")[0]
+    assert run_python("-m", "mindpet", "--version")[0].startswith("mindpet 1.")
+
+
+@pytest.mark.parametrize("command", [["finetune"], ["evaluate"], ["infer"], ["config", "init"], ["config", "validate"]])
+def test_every_command_has_help_with_an_example(command):
+    code, output = invoke(*command, "--help")
+    assert code == 0
+    assert "Usage" in output
