@@ -1,4 +1,4 @@
-"""A whole model directory, small enough to train in a second: random weights, a real tokenizer, Hugging Face's layout."""
+"""A whole model directory, small enough to train in a second: random weights, a real tokenizer, all files."""
 
 import json
 from pathlib import Path

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Tensor, load_checkpoint, nn
 
 from mindpet import _checks, _files
 from mindpet.delta.method import DeltaConfig
@@ -41,6 +41,11 @@ def save_delta(network: nn.Cell, directory: str | Path) -> None:
 def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
     """Put a saved delta into a network: inject what the directory says, unless that is done, and set the numbers.
 
+    Args:
+        network: the network that the delta was trained on.
+        directory: what :func:`save_delta` wrote; or one ``.ckpt`` or ``.safetensors`` file of trainable parameters, as
+            :class:`TrainableParamsCheckPoint` and MindPet 1.0.4 write them, for a network that has the layers already.
+
     Returns:
         The same network.
 
@@ -50,6 +55,8 @@ def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
     """
     _checks.cell("load_delta", "network", network)
     directory = Path(directory)
+    if directory.suffix in (".ckpt", ".safetensors"):
+        return _set_parameters(network, _read_checkpoint(directory), directory)
     description = _files.read_json(directory / "delta.json", DeltaFileError)
     tensors = _read_tensors(directory / "delta.safetensors")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
@@ -57,6 +64,10 @@ def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
     if not injected(network):
         for entry in description.get("methods", ()):
             inject(network, _config_of(dict(entry), directory))
+    return _set_parameters(network, tensors, directory)
+
+
+def _set_parameters(network: nn.Cell, tensors: dict[str, np.ndarray], source: Path) -> nn.Cell:
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     problems = [f"not in this network: {name}" for name in tensors if name not in parameters]
     problems += [
@@ -70,7 +81,7 @@ def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
         if injected(network) and parameter.name not in tensors
     ]
     if problems:
-        raise DeltaFileError(f"The delta in {directory} does not fit this network:\n  " + "\n  ".join(problems))
+        raise DeltaFileError(f"The delta in {source} does not fit this network:\n  " + "\n  ".join(problems))
     for name, value in tensors.items():
         parameters[name].set_data(Tensor(value).astype(parameters[name].dtype))
     return network
@@ -94,3 +105,19 @@ def _read_tensors(path: Path) -> dict[str, np.ndarray]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise DeltaFileError(f"{path} cannot be read as safetensors: {error}") from error
+
+
+def _read_checkpoint(path: Path) -> dict[str, np.ndarray]:
+    """Tensors by the names that they have here: in a bare LoRADense MindPet 1.0.4 ended them in ``_A`` and ``_B``."""
+    if not path.is_file():
+        raise DeltaFileError(f"There is no file {path}.")
+    try:
+        parameters = load_checkpoint(str(path), format=path.suffix[1:])
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise DeltaFileError(f"{path} cannot be read as a checkpoint: {error}") from error
+    older = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
+    return {
+        older.get(name, name): value.asnumpy()
+        for name, value in parameters.items()
+        if name not in ("epoch_num", "step_num")
+    }
