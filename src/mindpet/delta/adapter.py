@@ -65,6 +65,8 @@ class AdapterLayer(nn.Cell):
     (3, 8)
     """
 
+    delta_method = "adapter"
+
     def __init__(
         self,
         hidden_size: int,
@@ -152,6 +154,8 @@ class AdapterDense(ComputeDense):
     >>> AdapterDense(6, 8, bottleneck_size=2)(ops.ones((3, 6))).shape
     (3, 8)
     """
+
+    delta_method = "adapter"
 
     def __init__(
         self,

@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
 
 from mindpet import _checks
 from mindpet.delta.activation import resolve_activation
@@ -12,6 +12,18 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _BORROWED = ("in_channels", "out_channels", "has_bias", "reshape", "matmul", "activation", "activation_flag")
+
+
+def _share(dense: nn.Dense, layer: nn.Dense) -> None:
+    """Make `layer`, which is still empty, hold the parameters and operators of `dense`."""
+    nn.Cell.__init__(layer)
+    for name in _BORROWED:
+        setattr(layer, name, getattr(dense, name))
+    layer.weight = dense.weight
+    layer.bias = dense.bias if dense.has_bias else None
+    if dense.has_bias:
+        layer.bias_add = dense.bias_add
+    layer.set_train(dense.training)
 
 
 class ComputeDense(nn.Dense):
@@ -54,17 +66,24 @@ class ComputeDense(nn.Dense):
         adds beside the dense part is still to be made.
         """
         layer = cls.__new__(cls)
-        nn.Cell.__init__(layer)
-        for name in _BORROWED:
-            setattr(layer, name, getattr(dense, name))
-        layer.weight = dense.weight
-        layer.bias = dense.bias if dense.has_bias else None
-        if dense.has_bias:
-            layer.bias_add = dense.bias_add
+        _share(dense, layer)
         layer.compute_dtype = getattr(dense, "compute_dtype", dense.weight.dtype)
         layer.cast = ops.Cast()
-        layer.set_train(dense.training)
         return layer
+
+    def plain(self) -> nn.Dense:
+        """The dense layer alone: weight, bias and operators shared."""
+        if self.compute_dtype != self.weight.dtype:
+            return ComputeDense.borrow(self)
+        layer = nn.Dense.__new__(nn.Dense)
+        _share(self, layer)
+        layer.shape_op = ops.Shape()
+        return layer
+
+    @property
+    def base_weight(self) -> Parameter:
+        """The weight that a delta is added to in merging."""
+        return self.weight
 
     def rows_of(self, x):
         """The input as rows in the computing dtype: (..., in) -> (rows, in)."""

@@ -7,7 +7,9 @@
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mindspore import Parameter, Tensor, nn, ops
@@ -17,6 +19,8 @@ from mindspore.common.initializer import HeUniform, initializer
 from mindpet import _checks
 from mindpet.delta.activation import shard_activation
 from mindpet.delta.dense import ComputeDense
+from mindpet.delta.lora_conv import LoRAConv1d, LoRAConv2d
+from mindpet.delta.lora_embedding import LoRAEmbedding
 from mindpet.delta.method import DeltaConfig, Method
 from mindpet.utils.version_control import get_dropout
 
@@ -29,16 +33,36 @@ class LoRAConfig(DeltaConfig):
         rank: r, rows of A and columns of B.
         alpha: the branch is scaled by alpha / rank.
         dropout: probability, on the branch's input, in training only.
+        rank_stabilised: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
+        rank_pattern: path patterns to another rank; the first that matches counts.
+        alpha_pattern: path patterns to another alpha.
     """
 
     rank: int = 8
     alpha: float = 16.0
     dropout: float = 0.0
+    rank_stabilised: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
-        _checks.positive_int("LoRAConfig", "rank", self.rank)
-        _checks.non_zero_number("LoRAConfig", "alpha", self.alpha)
+        for rank in (self.rank, *self.rank_pattern.values()):
+            _checks.positive_int("LoRAConfig", "rank", rank)
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            _checks.non_zero_number("LoRAConfig", "alpha", alpha)
         _checks.rate("LoRAConfig", "dropout", self.dropout, allow_int=True)
+        _checks.boolean("LoRAConfig", "rank_stabilised", self.rank_stabilised)
+
+    def at(self, path: str) -> "LoRAConfig":
+        """With the rank and the alpha of the cell at `path`."""
+        rank = next((rank for pattern, rank in self.rank_pattern.items() if fnmatchcase(path, pattern)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if fnmatchcase(path, pattern)), self.alpha)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    @property
+    def scaled_alpha(self) -> float:
+        """The alpha for which ``alpha / rank`` is the scale, rank-stabilised or not."""
+        return self.alpha * math.sqrt(self.rank) if self.rank_stabilised else self.alpha
 
 
 class LoRADense(ComputeDense):
@@ -78,6 +102,8 @@ class LoRADense(ComputeDense):
     ((2, 6), (4, 2))
     """
 
+    delta_method = "lora"
+
     def __init__(
         self,
         in_channels: int,
@@ -104,7 +130,8 @@ class LoRADense(ComputeDense):
         """The same dense layer, weight and bias shared, with a new branch in the dtype of its weight."""
         layer = cls.borrow(dense)
         start = HeUniform(negative_slope=math.sqrt(5))
-        layer._add_branch(config.rank, config.alpha, float(config.dropout), start, "zeros", dense.weight.dtype)
+        alpha, dtype = config.scaled_alpha, dense.weight.dtype
+        layer._add_branch(config.rank, alpha, float(config.dropout), start, "zeros", dtype)
         return layer
 
     def _add_branch(self, rank: int, alpha: float, dropout: float, a_init: Any, b_init: Any, dtype: Any) -> None:
@@ -180,7 +207,12 @@ METHOD = Method(
     config=LoRAConfig,
     trainable=("*mindpet_delta_lora*",),
     paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
-    adapt={nn.Dense: LoRADense.from_dense},
+    adapt={
+        nn.Dense: LoRADense.from_dense,
+        nn.Embedding: LoRAEmbedding.from_embedding,
+        nn.Conv1d: LoRAConv1d.from_conv,
+        nn.Conv2d: LoRAConv2d.from_conv,
+    },
     targets=("*.query", "*.value"),
     learning_rate=0.001,
 )

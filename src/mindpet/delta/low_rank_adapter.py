@@ -97,6 +97,8 @@ class LowRankAdapterLayer(nn.Cell):
     (3, 8)
     """
 
+    delta_method = "low_rank_adapter"
+
     def __init__(
         self,
         hidden_size: int,
@@ -204,6 +206,8 @@ class LowRankAdapterDense(ComputeDense):
     >>> LowRankAdapterDense(6, 8, reduction_factor=4)(ops.ones((3, 6))).shape
     (3, 8)
     """
+
+    delta_method = "low_rank_adapter"
 
     def __init__(
         self,

@@ -71,6 +71,8 @@ class PrefixLayer(nn.Cell):
     ((10, 16), (10, 16))
     """
 
+    delta_method = "prefix"
+
     def __init__(
         self,
         prefix_token_num: int,
@@ -152,6 +154,8 @@ class PrefixTuning(PrefixSlot):
 
     Returns, for each layer, the pair (key, value), each ``(tokens, heads, head_dim)``.
     """
+
+    delta_method = "prefix"
 
     def __init__(self, num_layers: int, num_heads: int, head_dim: int, config: PrefixConfig):
         super().__init__(num_layers, num_heads, head_dim)

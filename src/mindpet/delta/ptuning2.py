@@ -72,6 +72,8 @@ class PrefixEncoder(nn.Cell):
     (2, (5, 4, 3, 8))
     """
 
+    delta_method = "ptuning2"
+
     def __init__(
         self,
         pre_seq_len: int,
@@ -159,6 +161,8 @@ class PTuning2(PrefixSlot):
 
     Returns, for each layer, the pair (key, value), each ``(tokens, heads, head_dim)``.
     """
+
+    delta_method = "ptuning2"
 
     def __init__(self, num_layers: int, num_heads: int, head_dim: int, config: PTuning2Config):
         super().__init__(num_layers, num_heads, head_dim)

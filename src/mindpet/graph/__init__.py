@@ -3,18 +3,25 @@
 from mindpet.graph.ckpt_util import TrainableParamsCheckPoint
 from mindpet.graph.deltas import DeltaFileError, load_delta, save_delta
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
-from mindpet.graph.inject import inject, replace_cell
+from mindpet.graph.inject import disable, eject, inject, replace_cell, target_report
+from mindpet.graph.merge import merge, merge_and_eject, unmerge
 from mindpet.graph.targets import find_targets
 
 __all__ = [
     "DeltaFileError",
     "TrainableParamsCheckPoint",
+    "disable",
+    "eject",
     "find_targets",
     "freeze_delta",
     "freeze_from_config",
     "freeze_modules",
     "inject",
     "load_delta",
+    "merge",
+    "merge_and_eject",
     "replace_cell",
     "save_delta",
+    "target_report",
+    "unmerge",
 ]

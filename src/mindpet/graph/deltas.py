@@ -10,7 +10,8 @@ from mindspore import Tensor, load_checkpoint, nn
 from mindpet import _checks, _files
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_named, method_of
-from mindpet.graph.inject import inject, injected
+from mindpet.graph.inject import inject, injections
+from mindpet.graph.merge import merged_cells
 
 FORMAT = 1
 
@@ -29,11 +30,16 @@ def save_delta(network: nn.Cell, directory: str | Path) -> None:
         ValueError: nothing in it trains.
     """
     _checks.cell("save_delta", "network", network)
+    if merged_cells(network):
+        raise ValueError("The deltas of this network are merged into its weights: unmerge them to save them.")
     tensors = {parameter.name: parameter.asnumpy() for parameter in network.trainable_params()}
     if not tensors:
         raise ValueError("Nothing in this network trains, so there is no delta to save.")
     directory = Path(directory)
-    configs = [{"method": method_of(config).name, **dataclasses.asdict(config)} for config in injected(network)]
+    configs = [
+        {"method": method_of(config).name, **dataclasses.asdict(config)}
+        for config in (one.config for one in injections(network))
+    ]
     _files.write_tensors(directory / "delta.safetensors", tensors, {"format": "ms"})
     _files.write_json(directory / "delta.json", {"format": FORMAT, "methods": configs, "parameters": sorted(tensors)})
 
@@ -61,7 +67,7 @@ def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
     tensors = _read_tensors(directory / "delta.safetensors")
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise DeltaFileError(f"{directory / 'delta.json'} is not a delta of format {FORMAT}.")
-    if not injected(network):
+    if not injections(network):
         for entry in description.get("methods", ()):
             inject(network, _config_of(dict(entry), directory))
     return _set_parameters(network, tensors, directory)
@@ -78,7 +84,7 @@ def _set_parameters(network: nn.Cell, tensors: dict[str, np.ndarray], source: Pa
     problems += [
         f"not in the file: {parameter.name}"
         for parameter in network.trainable_params()
-        if injected(network) and parameter.name not in tensors
+        if injections(network) and parameter.name not in tensors
     ]
     if problems:
         raise DeltaFileError(f"The delta in {source} does not fit this network:\n  " + "\n  ".join(problems))

@@ -1,14 +1,39 @@
-"""Put a method into a network that nobody edits."""
+"""Put a method into a network that nobody edits, and take it out again."""
 
-from mindspore import nn
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat
 from mindpet.delta.method import DeltaConfig
-from mindpet.delta.registry import METHODS, method_of
+from mindpet.delta.registry import method_of
 from mindpet.graph.freeze_utils import parameters_below, train_only
-from mindpet.graph.targets import cells_by_path, find_targets
+from mindpet.graph.targets import TargetReport, cells_by_path, find_targets
 
-_RECORD = "mindpet_injected"  # the attribute of a network that remembers what was injected
+_RECORD = "mindpet_injections"  # the attribute of a network that remembers what was injected
+MARKER = "mindpet_delta_"  # in the name of every parameter that a method adds
+
+
+@dataclass
+class Injection:
+    """What one call of :func:`inject` did, so that it can be undone.
+
+    Attributes:
+        config: what it was called with.
+        originals: path to the Cell that was there.
+        adapted: path to the Cell that took its place.
+        trainable: whether each parameter trained before.
+        values: what parameters that were there before, and train now, held: heads, biases.
+    """
+
+    config: DeltaConfig
+    originals: dict[str, nn.Cell] = field(default_factory=dict)
+    adapted: dict[str, nn.Cell] = field(default_factory=dict)
+    trainable: list[tuple[Parameter, bool]] = field(default_factory=list)
+    values: list[tuple[Parameter, np.ndarray]] = field(default_factory=list)
 
 
 def replace_cell(root: nn.Cell, path: str, new: nn.Cell) -> None:
@@ -17,22 +42,45 @@ def replace_cell(root: nn.Cell, path: str, new: nn.Cell) -> None:
     Raises:
         KeyError: there is no Cell at that path.
     """
+    replace_cells(root, {path: new})
+
+
+def replace_cells(root: nn.Cell, replacements: dict[str, nn.Cell]) -> None:
+    """:func:`replace_cell` for many paths, with one walk through the network."""
     cells = {"": root, **cells_by_path(root)}
-    if path not in cells or not path:
-        raise KeyError(f"There is no cell at {path!r}{_checks.near(path, cells)}.")
-    parent, _, name = path.rpartition(".")
-    shared = {id(parameter) for parameter in cells[path].get_parameters()}
-    _compat.set_child(cells[parent], name, new)
+    missing = [path for path in replacements if not path or path not in cells]
+    if missing:
+        raise KeyError(f"There is no cell at {missing[0]!r}{_checks.near(missing[0], cells)}.")
+    for path, new in replacements.items():
+        parent, _, name = path.rpartition(".")
+        shared = {id(parameter) for parameter in cells[path].get_parameters()}
+        _compat.set_child(cells[parent], name, new)
+        for parameter_path, parameter in new.parameters_and_names(path):
+            if id(parameter) not in shared:
+                parameter.name = parameter_path
     _compat.forget_compiled(root)
-    for parameter_path, parameter in new.parameters_and_names(path):
-        if id(parameter) not in shared:
-            parameter.name = parameter_path
+
+
+def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
+    """What :func:`inject` would adapt: a dry run.
+
+    >>> from mindpet.delta import LoRAConfig
+    >>> list(target_report(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(targets=["*"])).matched)
+    ['0']
+    """
+    method = method_of(config)
+    if not method.adapt:
+        return TargetReport({}, {})
+    return find_targets(
+        network, config.targets or method.targets, tuple(method.adapt), config.exclude, config.layers, method.linear
+    )
 
 
 def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     """Adapt the targeted cells in place and freeze everything else.
 
-    The weights of the network are shared, not copied, and its base checkpoints still load.
+    The weights of the network are shared, not copied, and its base checkpoints still load. A second call adds another
+    method; what the first one trains goes on training.
 
     Args:
         network: the network to tune.
@@ -44,7 +92,7 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     Raises:
         TypeError: `network` is not a Cell, `config` is not a method's configuration.
         ValueError: a target matches nothing, a target is adapted already, no targets are given for a network that the
-            method's usual ones do not fit, nothing is left to train.
+            method's usual ones do not fit, nothing is left to train. The network is unchanged then.
 
     >>> from mindpet.delta import LoRAConfig
     >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["*"]))
@@ -54,31 +102,106 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     _checks.cell("inject", "network", network)
     method = method_of(config)
     parameters_below(network, config.modules_to_save)  # a miss is found before anything changes
-    if method.adapt:
-        kinds = tuple(method.adapt)
-        report = find_targets(network, config.targets or method.targets, kinds, config.exclude).require_all()
-        replacements: dict[str, nn.Cell] = {}
-        made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
-        for path, cell in report.matched.items():
-            if is_adapted(cell):
-                raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")
-            make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
-            if id(cell) not in made:
-                made[id(cell)] = make(cell, config)
-            replacements[path] = made[id(cell)]
-        for path, new in replacements.items():
-            replace_cell(network, path, new)
-    train_only(network, [method], config.modules_to_save, include_norm=getattr(config, "include_norm", False))
-    vars(network)[_RECORD] = [*injected(network), config]
+    before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
+    injection = Injection(config, trainable=before)
+    made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
+    for path, cell in target_report(network, config).require_all().matched.items():
+        if is_adapted(cell):
+            raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")
+        make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
+        if id(cell) not in made:
+            made[id(cell)] = make(cell, config.at(path))
+        injection.originals[path], injection.adapted[path] = cell, made[id(cell)]
+    replace_cells(network, injection.adapted)
+    everything = [*injections(network), injection]
+    try:
+        _choose_trainable(network, everything)
+    except ValueError:
+        replace_cells(network, injection.originals)
+        raise
+    old = {id(parameter) for parameter, _ in before}
+    injection.values = [
+        (p, p.asnumpy().copy()) for p in network.trainable_params() if id(p) in old and MARKER not in p.name
+    ]
+    vars(network)[_RECORD] = everything
     return network
 
 
-def injected(network: nn.Cell) -> list[DeltaConfig]:
-    """The configurations that :func:`inject` was called with on this network, in order."""
+def eject(network: nn.Cell) -> nn.Cell:
+    """Take out everything that :func:`inject` put in: cells, values of heads and biases, what trains.
+
+    Returns:
+        The same network, as it was before the first call.
+
+    Raises:
+        ValueError: nothing was injected.
+    """
+    _checks.cell("eject", "network", network)
+    if not injections(network):
+        raise ValueError(f"Nothing was injected into this {type(network).__name__}.")
+    if vars(network).get("mindpet_merged"):
+        raise ValueError(f"The deltas of this {type(network).__name__} are merged: unmerge them first.")
+    for injection in reversed(injections(network)):
+        replace_cells(network, injection.originals)
+        for parameter, value in injection.values:
+            parameter.set_data(Tensor(value))
+        for parameter, flag in injection.trainable:
+            parameter.requires_grad = flag
+    forget_injections(network)
+    return network
+
+
+@contextmanager
+def disable(network: nn.Cell) -> Iterator[nn.Cell]:
+    """Within the block the network computes what it did before anything was injected.
+
+    In graph mode the first call inside the block, and the first after it, compile.
+
+    >>> from mindspore import ops
+    >>> from mindpet.delta import LoRAConfig
+    >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["*"]))
+    >>> with disable(network):
+    ...     print(type(network[0]).__name__)
+    Dense
+    """
+    _checks.cell("disable", "network", network)
+    everything = injections(network)
+    tuned = [(parameter, parameter.asnumpy().copy()) for one in everything for parameter, _ in one.values]
+    for injection in reversed(everything):
+        for path, original in injection.originals.items():
+            original.set_train(injection.adapted[path].training)
+        replace_cells(network, injection.originals)
+        for parameter, value in injection.values:
+            parameter.set_data(Tensor(value))
+    try:
+        yield network
+    finally:
+        for injection in everything:
+            replace_cells(network, injection.adapted)
+        for parameter, value in tuned:
+            parameter.set_data(Tensor(value))
+
+
+def injections(network: nn.Cell) -> list[Injection]:
+    """What was injected into this network, in order."""
     return list(vars(network).get(_RECORD, ()))
+
+
+def forget_injections(network: nn.Cell) -> None:
+    """Keep the network as it is and remember nothing of how it came about."""
+    vars(network).pop(_RECORD, None)
 
 
 def is_adapted(cell: nn.Cell) -> bool:
     """Whether a method has put trainable parameters of its own into this Cell."""
-    markers = tuple(pattern.strip("*") for method in METHODS.values() if method.adapt for pattern in method.trainable)
-    return any(marker in name for name, _ in cell.parameters_and_names() for marker in markers)
+    return any(MARKER in name for name, _ in cell.parameters_and_names())
+
+
+def _choose_trainable(network: nn.Cell, everything: list[Injection]) -> None:
+    configs = [injection.config for injection in everything]
+    train_only(
+        network,
+        [method_of(config) for config in configs],
+        tuple(dict.fromkeys(pattern for config in configs for pattern in config.modules_to_save)),
+        include_norm=any(getattr(config, "include_norm", False) for config in configs),
+    )

@@ -52,29 +52,57 @@ def cells_by_path(network: nn.Cell) -> dict[str, nn.Cell]:
 
 def find_targets(
     network: nn.Cell,
-    patterns: Sequence[str] | str,
+    patterns: Sequence[str | type] | str,
     kinds: tuple[type[nn.Cell], ...] = (nn.Cell,),
     exclude: Sequence[str] = (),
+    layers: Sequence[int] | None = None,
+    linear: tuple[type[nn.Cell], ...] = (nn.Dense,),
 ) -> TargetReport:
-    """The cells of those kinds whose path a pattern matches.
+    """The cells of those kinds that a pattern means.
 
-    A pattern is an ``fnmatch`` pattern on the whole path; ``"all-linear"`` means every Cell of the kinds.
+    Args:
+        network: any Cell.
+        patterns: ``fnmatch`` patterns on whole paths, types of Cells, or ``"all-linear"``.
+        kinds: types that can be adapted at all. What a method has put in is never matched.
+        exclude: patterns of paths to leave alone.
+        layers: numbers of layers: the first number in a path must be among them.
+        linear: the types that ``"all-linear"`` means.
 
     >>> network = nn.SequentialCell(nn.Dense(2, 2), nn.ReLU())
     >>> list(find_targets(network, ["*"], (nn.Dense,)).matched)
     ['0']
     """
-    candidates = {path: cell for path, cell in cells_by_path(network).items() if isinstance(cell, kinds)}
-    wanted = ("*",) if patterns == "all-linear" else (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    hits = {pattern: [path for path in candidates if fnmatchcase(path, pattern)] for pattern in wanted}
+    candidates = {
+        path: cell
+        for path, cell in cells_by_path(network).items()
+        if isinstance(cell, kinds) and "mindpet_delta_" not in path
+    }
+    wanted = [patterns] if isinstance(patterns, str) else list(patterns)
+    hits = {}
+    for pattern in wanted:
+        meant = linear if pattern == "all-linear" else pattern
+        hits[pattern] = [path for path, cell in candidates.items() if _means(meant, path, cell)]
     chosen = {path for paths in hits.values() for path in paths}
     matched = {
         path: cell
         for path, cell in candidates.items()
-        if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude)
+        if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and _in_layers(path, layers)
     }
-    misses = {pattern: near_paths(pattern, candidates) for pattern, paths in hits.items() if not paths}
+    misses = {str(pattern): near_paths(str(pattern), candidates) for pattern, paths in hits.items() if not paths}
+    if not matched and not misses:
+        misses = {str(pattern): ["all of them are excluded or in other layers"] for pattern in wanted}
     return TargetReport(matched, misses)
+
+
+def _means(pattern: str | type | tuple, path: str, cell: nn.Cell) -> bool:
+    return fnmatchcase(path, pattern) if isinstance(pattern, str) else isinstance(cell, pattern)
+
+
+def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    if layers is None:
+        return True
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return bool(numbers) and numbers[0] in layers
 
 
 def near_paths(pattern: str, paths: Sequence[str] | dict) -> list[str]:

@@ -1,0 +1,137 @@
+"""Fold a delta into the weights beside it, and take it out again."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+
+from mindpet import _checks, _compat
+from mindpet.graph.inject import forget_injections, injections, replace_cells
+from mindpet.graph.targets import cells_by_path
+
+_RECORD = "mindpet_merged"  # the attribute of a network that remembers what was merged
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A cell whose delta is folded in.
+
+    Attributes:
+        adapted: the Cell with the delta, not in the network now.
+        weight: the parameter that holds the sum now.
+        base: what it held before, bit for bit.
+    """
+
+    adapted: nn.Cell
+    weight: Parameter
+    base: np.ndarray
+
+
+def merge(network: nn.Cell) -> nn.Cell:
+    """Add every delta to the weight that it goes with and put plain cells in the place of the adapted ones.
+
+    The outputs stay, up to rounding; a forward pass costs what it did before the injection. The base weights of the
+    merged cells are kept beside the network for :func:`unmerge`.
+
+    Returns:
+        The same network.
+
+    Raises:
+        TypeError: `network` is not a Cell.
+        ValueError: nothing to merge; a delta that is no matrix added to a weight (adapters, prefixes); a weight that
+            other cells use as well; a sum with NaN or infinity. All are named, and nothing is changed.
+    """
+    _checks.cell("merge", "network", network)
+    adapted = _adapted_cells(network)
+    problems = [
+        f"{path}: {cell.delta_method} is more than a matrix added to a weight and cannot merge"
+        for path, cell in adapted.items()
+        if not hasattr(cell, "delta_weight")
+    ]
+    if not adapted:
+        raise ValueError(f"Nothing in this {type(network).__name__} can be merged: no cell of it is adapted.")
+    owners = _owners(network)
+    known = {path: cell for one in injections(network) for path, cell in one.originals.items()}
+    sums: dict[int, np.ndarray] = {}
+    for path, cell in adapted.items():
+        if not hasattr(cell, "delta_weight"):
+            continue
+        weight = cell.base_weight
+        if owners[id(weight)] > 1:
+            problems.append(f"{path}: other cells use its weight {weight.name} too, and would change with it")
+            continue
+        total = weight.asnumpy().astype(np.float32) + cell.delta_weight().asnumpy().astype(np.float32)
+        with np.errstate(over="ignore"):
+            sums[id(cell)] = total.astype(weight.asnumpy().dtype)
+        if not np.isfinite(sums[id(cell)]).all():
+            problems.append(f"{path}: the sum would hold NaN or infinity")
+    if problems:
+        raise ValueError("Nothing was merged:\n  " + "\n  ".join(problems))
+    merged, plain = {}, {}
+    for path, cell in adapted.items():
+        merged[path] = Merged(cell, cell.base_weight, cell.base_weight.asnumpy().copy())
+        plain[path] = known[path] if path in known else cell.plain()  # by hand, only dense layers are made
+        plain[path].set_train(cell.training)
+    for one in merged.values():
+        one.weight.set_data(Tensor(sums[id(one.adapted)]))
+    replace_cells(network, plain)
+    vars(network)[_RECORD] = {**merged_cells(network), **merged}
+    return network
+
+
+def unmerge(network: nn.Cell) -> nn.Cell:
+    """Undo :func:`merge`: the base weights bit for bit, and the adapted cells with their deltas.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: nothing was merged.
+    """
+    _checks.cell("unmerge", "network", network)
+    merged = merged_cells(network)
+    if not merged:
+        raise ValueError(f"Nothing in this {type(network).__name__} is merged.")
+    for one in merged.values():
+        one.weight.set_data(Tensor(one.base))
+    replace_cells(network, {path: one.adapted for path, one in merged.items()})
+    vars(network).pop(_RECORD)
+    return network
+
+
+def merge_and_eject(network: nn.Cell) -> nn.Cell:
+    """:func:`merge`, and forget that there was a delta: the plain network with the new weights, for good.
+
+    Returns:
+        The same network.
+
+    Raises:
+        ValueError: as :func:`merge`.
+    """
+    merge(network)
+    vars(network).pop(_RECORD)
+    forget_injections(network)
+    for parameter in network.get_parameters():
+        parameter.requires_grad = True
+    return network
+
+
+def merged_cells(network: nn.Cell) -> dict[str, Merged]:
+    """What is merged now, by path."""
+    return dict(vars(network).get(_RECORD, {}))
+
+
+def _adapted_cells(network: nn.Cell) -> dict[str, nn.Cell]:
+    """The outermost cells that belong to a method."""
+    found: dict[str, nn.Cell] = {}
+    for path, cell in cells_by_path(network).items():
+        if hasattr(cell, "delta_method") and not any(path.startswith(f"{outer}.") for outer in found):
+            found[path] = cell
+    return found
+
+
+def _owners(network: nn.Cell) -> Counter:
+    """How many cells hold each parameter themselves."""
+    cells = {id(cell): cell for cell in cells_by_path(network).values()}
+    return Counter(id(p) for cell in cells.values() for p in _compat.own_parameters(cell).values())
