@@ -10,7 +10,7 @@ import numbers
 from collections.abc import Iterable
 from typing import Any
 
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Initializer
 from mindspore.ops import Primitive
@@ -88,15 +88,14 @@ def float_type(owner: str, name: str, value: Any) -> Any:
     return value
 
 
-def compute_type(owner: str, name: str, value: Any) -> Any:
-    """A float type that the device can multiply matrices in: a CPU has no bfloat16 kernel."""
-    float_type(owner, name, value)
-    if value == mstype.bfloat16 and _compat.device_target() == "CPU":
+@ops.constexpr
+def require_kernel(dtype: Any) -> None:
+    """Refuse to multiply in a dtype that the device has no kernel for, before MindSpore fails with its own message."""
+    if dtype == mstype.bfloat16 and _compat.device_target() == "CPU":
         raise TypeError(
-            f"For '{owner}', '{name}' is bfloat16, but MindSpore has no bfloat16 matrix product on a CPU: "
-            "use float32 or float16 here, or select another device with mindspore.set_device first."
+            "'compute_dtype' is bfloat16, but MindSpore has no bfloat16 matrix product on a CPU: use float32 or "
+            "float16 here, or select another device with mindspore.set_device."
         )
-    return value
 
 
 def init_value(

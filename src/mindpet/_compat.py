@@ -8,6 +8,8 @@ from mindspore import nn
 from mindspore.common import initializer as _initializer
 from mindspore.nn.layer import activation as _activation
 from mindspore.train import CheckpointConfig
+from mindspore.train.callback import _checkpoint
+from mindspore.train.callback._checkpoint import CheckpointManager as CheckpointManager
 
 
 def device_target() -> str:
@@ -63,3 +65,8 @@ def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> Checkpoint
     config = copy.copy(config)
     config._saved_network = network
     return config
+
+
+def breakpoint_prefix(directory: str, prefix: str) -> str:
+    """How MindSpore's name of a checkpoint begins that is saved because of an exception."""
+    return _checkpoint._chg_ckpt_file_name_if_same_exist(directory, prefix, True)

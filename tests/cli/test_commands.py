@@ -87,7 +87,11 @@ def test_config_validate_checks_model_and_data(tuned, tmp_path):
     code, output = invoke("config", "validate", run_file, "data.max_length=16")
     assert code == 0, output
     assert "is fine" in output
-    code, output = invoke("config", "validate", run_file, f"data.train={tmp_path / 'none.jsonl'}")
+    code, output = invoke("config", "validate", run_file)
+    assert code == 2
+    assert "data.max_length is 128, but the model" in output
+    missing = tmp_path / "none.jsonl"
+    code, output = invoke("config", "validate", run_file, "data.max_length=16", f"data.train={missing}")
     assert code == 1
     assert "There is no file or folder" in output
 
@@ -105,7 +109,7 @@ def test_config_init_does_not_overwrite(tuned):
         (["finetune", "none.yaml"], 2, "There is no run file none.yaml"),
         (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
         (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora?"),
-        (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 1, "There is no nowhere/tokenizer.json"),
+        (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 1, "nowhere/tokenizer.json"),
         (["finetune", "RUN", "--resume"], 1, "is finished"),
         (["finetune", "RUN"], 2, "--overwrite"),
         (["evaluate", "."], 2, "is not the directory of a run"),
@@ -139,8 +143,10 @@ def test_help_and_version_do_not_import_mindspore():
     assert run_python("-m", "mindpet", "--version")[0].startswith("mindpet 1.")
 
 
-@pytest.mark.parametrize("command", [["finetune"], ["evaluate"], ["infer"], ["config", "init"], ["config", "validate"]])
+@pytest.mark.parametrize(
+    "command", [["finetune"], ["evaluate"], ["infer"], ["config", "init"], ["config", "show"], ["config", "validate"]]
+)
 def test_every_command_has_help_with_an_example(command):
     code, output = invoke(*command, "--help")
     assert code == 0
-    assert "Usage" in output
+    assert "Examples:" in output

@@ -4,10 +4,12 @@ import mindspore as ms
 import numpy as np
 import pytest
 from mindspore import Tensor, nn
+from safetensors.numpy import save_file
 
-from mindpet import LoRAConfig, inject, load_delta, save_delta
+from mindpet import AdapterConfig, LoRAConfig, inject, load_delta, save_delta
 from mindpet.delta import LoRADense
-from mindpet.graph import DeltaFileError
+from mindpet.graph import DeltaFileError, combine, use
+from mindpet.graph.deltas import read_delta, write_delta
 
 
 def network():
@@ -41,34 +43,184 @@ def test_a_delta_goes_into_an_untouched_network(mode, tmp_path, rng):
 
 def test_every_misfit_is_in_one_message(tmp_path):
     save_delta(tuned(), tmp_path)
-    other = inject(nn.SequentialCell(nn.Dense(6, 6), nn.ReLU(), nn.Dense(6, 4)), LoRAConfig(rank=3, targets=["0", "2"]))
+    other = inject(nn.SequentialCell(nn.Dense(6, 6), nn.ReLU(), nn.Dense(6, 4)), LoRAConfig(rank=1, targets=["0", "2"]))
     with pytest.raises(DeltaFileError) as error:
         load_delta(other, tmp_path)
     message = str(error.value)
-    assert "0.mindpet_delta_lora_a: the file has shape (2, 6), the network (3, 6)" in message
+    assert "0.mindpet_delta_lora_a: the file has shape (2, 6), the network (1, 6)" in message
     assert "2.weight: the file has shape (3, 6), the network (4, 6)" in message
     assert "not in the file: 2.mindpet_delta_lora_a" in message
+
+
+def rewritten(directory, **changes):
+    """The delta again, with another description."""
+    description, _, tensors = read_delta(directory)
+    write_delta(directory, {**description, **changes}, tensors)
 
 
 @pytest.mark.parametrize(
     ("break_it", "says"),
     [
-        (lambda d: (d / "delta.json").unlink(), "There is no file"),
         (lambda d: (d / "delta.safetensors").unlink(), "There is no file"),
-        (lambda d: (d / "delta.json").write_text("{"), "cannot be read as JSON"),
-        (lambda d: (d / "delta.json").write_text("[]"), "is not a delta of format 1"),
-        (
-            lambda d: (d / "delta.json").write_text('{"format": 1, "methods": [{"method": "loar"}]}'),
-            "did you mean 'lora'",
-        ),
         (lambda d: (d / "delta.safetensors").write_bytes(b"x" * 20), "cannot be read as safetensors"),
+        (lambda d: save_file({"a": np.zeros(2, np.float32)}, d / "delta.safetensors"), "no usable description"),
+        (lambda d: rewritten(d, format=7), "format 7, and this version reads format 1"),
+        (lambda d: rewritten(d, methods=[{"method": "loar"}]), "did you mean 'lora'"),
+        (lambda d: rewritten(d, methods=["x"]), "no usable description"),
+        (lambda d: rewritten(d, methods=5), "no usable description"),
+        (lambda d: rewritten(d, methods=[{"method": "lora", "rank": 0}]), "'rank' must be a positive int"),
+        (lambda d: rewritten(d, methods=[{"method": "lora", "targets": ["9"]}]), "cannot be injected"),
     ],
 )
-def test_broken_directories_are_named(tmp_path, break_it, says):
+def test_broken_directories_are_named_and_the_network_is_left_alone(tmp_path, break_it, says):
     save_delta(tuned(), tmp_path)
     break_it(tmp_path)
+    cell = network()
     with pytest.raises(DeltaFileError, match=says):
-        load_delta(network(), tmp_path)
+        load_delta(cell, tmp_path)
+    assert [type(child) for child in cell] == [nn.Dense, nn.ReLU, nn.Dense]
+
+
+def test_the_copy_for_people_is_not_needed(tmp_path):
+    save_delta(tuned(), tmp_path)
+    (tmp_path / "delta.json").unlink()
+    assert load_delta(network(), tmp_path).trainable_params()
+
+
+@pytest.mark.parametrize("kind", ["names", "shapes", "weights"])
+def test_another_base_is_noticed(tmp_path, kind):
+    save_delta(tuned(), tmp_path, hash_weights=True)
+    other = {
+        "names": lambda: nn.SequentialCell(nn.Dense(6, 6, has_bias=False), nn.ReLU(), nn.Dense(6, 3)),
+        "shapes": lambda: nn.SequentialCell(nn.Dense(6, 8), nn.ReLU(), nn.Dense(6, 3)),
+        "weights": network,
+    }[kind]()
+    with pytest.raises(DeltaFileError, match="the base"):
+        load_delta(other, tmp_path)
+    assert type(other[0]) is nn.Dense
+
+
+def saved(directory, base, seed, rank=2, alpha=16, modules=("2",)):
+    """A delta of its own over the same base."""
+    cell = network()
+    ms.load_param_into_net(cell, {name: ms.Parameter(value, name=name) for name, value in base.items()})
+    inject(cell, LoRAConfig(rank=rank, alpha=alpha, targets=["0"], modules_to_save=list(modules)))
+    generator = np.random.default_rng(seed)
+    for parameter in cell.trainable_params():
+        parameter.set_data(Tensor(0.3 * generator.standard_normal(parameter.shape).astype(np.float32)))
+    save_delta(cell, directory)
+    return cell
+
+
+def test_several_deltas_take_turns_on_one_network(mode, tmp_path, rng):
+    cell = network()
+    base = {p.name: p.value() for p in cell.get_parameters()}
+    x = Tensor(rng.standard_normal((4, 6)).astype(np.float32))
+    alone = {
+        name: saved(tmp_path / name, base, seed, rank, alpha)(x).asnumpy()
+        for seed, (name, rank, alpha) in enumerate([("wide", 4, 16), ("narrow", 2, 5), ("other", 4, 8)])
+    }
+    for name in alone:
+        load_delta(cell, tmp_path / name, name=name)
+    for name in ("wide", "narrow", "other", "wide"):
+        np.testing.assert_allclose(use(cell, name)(x).asnumpy(), alone[name], atol=1e-5)
+    with pytest.raises(ValueError, match="did you mean 'narrow'"):
+        use(cell, "narow")
+
+
+def test_switching_keeps_what_was_trained_since(tmp_path, rng):
+    cell = network()
+    base = {p.name: p.value() for p in cell.get_parameters()}
+    for seed, name in enumerate("ab"):
+        saved(tmp_path / name, base, seed)
+        load_delta(cell, tmp_path / name, name=name)
+    trained = cell.trainable_params()[0]
+    trained.set_data(trained + 1)
+    expected = trained.asnumpy().copy()
+    use(cell, "a")
+    assert not np.array_equal(trained.asnumpy(), expected)
+    use(cell, "b")
+    np.testing.assert_array_equal(trained.asnumpy(), expected)
+
+
+def test_a_delta_with_another_configuration_is_refused(tmp_path):
+    cell = inject(network(), AdapterConfig(size=2, targets=["0"]))
+    save_delta(cell, tmp_path)
+    with pytest.raises(DeltaFileError, match="non_linearity was 'gelu' and is 'relu' here"):
+        load_delta(inject(network(), AdapterConfig(size=2, targets=["0"], non_linearity="relu")), tmp_path)
+    with pytest.raises(DeltaFileError, match="is of adapter, the network has lora"):
+        load_delta(tuned(), tmp_path)
+
+
+def delta_of(directory):
+    """The matrix that a directory of rank patterns and scales adds to layer 0."""
+    _, (config,), tensors = read_delta(directory)
+    here = config.at("0")
+    scale = here.scaled_alpha / here.rank
+    return scale * tensors["0.mindpet_delta_lora_b"].astype(float) @ tensors["0.mindpet_delta_lora_a"]
+
+
+def test_combined_deltas_follow_their_formulas(tmp_path, rng):
+    base = {p.name: p.value() for p in network().get_parameters()}
+    for seed, (name, rank, alpha) in enumerate([("a", 2, 16), ("b", 2, 5)]):
+        saved(tmp_path / name, base, seed, rank, alpha)
+    sources, weights = [tmp_path / "a", tmp_path / "b"], [0.75, 0.5]
+    first, second = (delta_of(source) for source in sources)
+    total = 0.75 * first + 0.5 * second
+
+    combine(sources, tmp_path / "cat", "concatenation", weights)
+    np.testing.assert_allclose(delta_of(tmp_path / "cat"), total, atol=1e-5)
+
+    combine(sources, tmp_path / "svd4", "svd", weights, rank=4)
+    np.testing.assert_allclose(delta_of(tmp_path / "svd4"), total, atol=1e-5)
+    combine(sources, tmp_path / "svd1", "svd", weights, rank=1)
+    left, values, right = np.linalg.svd(total)
+    np.testing.assert_allclose(delta_of(tmp_path / "svd1"), values[0] * np.outer(left[:, 0], right[0]), atol=1e-5)
+
+    combine([sources[0]], tmp_path / "one", "linear", [0.5])
+    np.testing.assert_allclose(delta_of(tmp_path / "one"), 0.5 * first, atol=1e-5)
+
+    combine(sources, tmp_path / "ties", "ties", weights, rank=6, density=1.0)
+    parts = np.stack([0.75 * first, 0.5 * second])
+    agrees = np.sign(parts) == np.sign(parts.sum(0))
+    share = np.array([0.75, 0.5])[:, None, None]
+    expected = (parts * agrees).sum(0) / (agrees * share).sum(0) * 1.25
+    np.testing.assert_allclose(delta_of(tmp_path / "ties"), expected, atol=1e-5)
+
+    combine(sources, tmp_path / "dare", "dare", weights, rank=6, density=1.0)
+    np.testing.assert_allclose(delta_of(tmp_path / "dare"), total, atol=1e-5)
+    draws = []
+    for seed in range(200):
+        combine([sources[0]], tmp_path / "draw", "dare", [1.0], rank=6, density=0.5, seed=seed)
+        draws.append(delta_of(tmp_path / "draw"))
+    deviation = np.abs(first) / np.sqrt(200)
+    assert (np.abs(np.mean(draws, 0) - first) < 5 * deviation + 1e-5).all()
+
+    head = [read_delta(source)[2]["2.weight"] for source in sources]
+    np.testing.assert_allclose(
+        read_delta(tmp_path / "svd4")[2]["2.weight"], (0.75 * head[0] + 0.5 * head[1]) / 1.25, atol=1e-6
+    )
+    combined = load_delta(network(), tmp_path / "cat")
+    assert combined[0].lora_rank == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"method": "svdd"}, "did you mean 'svd'"),
+        ({"weights": [1.0]}, "2 sources and 1 weights"),
+        ({"method": "linear", "weights": [1, -1]}, "none may be negative"),
+        ({"method": "ties", "density": 0.0}, "must be in"),
+        ({"method": "linear"}, "needs equal ones"),
+    ],
+)
+def test_what_cannot_be_combined_is_explained(tmp_path, options, says):
+    base = {p.name: p.value() for p in network().get_parameters()}
+    saved(tmp_path / "a", base, 0, rank=2)
+    saved(tmp_path / "b", base, 1, rank=3)
+    with pytest.raises(ValueError, match=says):
+        combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c", **options)
+    assert not (tmp_path / "c").exists()
 
 
 def test_nothing_to_save_is_an_error(tmp_path):

@@ -37,7 +37,7 @@ def reference(tensors, ids, mask, prefix=()):
 
     x = (
         tensors["embeddings.word_embeddings.weight"][ids].astype(float)
-        + tensors["embeddings.position_embeddings.weight"][: ids.shape[1]]
+        + tensors["embeddings.position_embeddings.weight"][len(prefix[0][0]) if len(prefix) else 0 :][: ids.shape[1]]
         + tensors["embeddings.token_type_embeddings.weight"][0]
     )
     x = norm(x, "embeddings.LayerNorm")
@@ -86,6 +86,13 @@ def test_a_prefix_is_seen_by_every_position(mode, directory, config):
     pairs = [[part.asnumpy() for part in pair] for pair in network.bert.encoder.prefix()]
     expected = reference(load_file(directory / "model.safetensors"), ids.asnumpy(), mask.asnumpy(), pairs)
     np.testing.assert_allclose(hidden.asnumpy()[:, :7], expected[:, :7], atol=2e-5)
+
+
+def test_more_tokens_than_positions_are_an_error(mode, directory):
+    network, _ = BertForSequenceClassification.from_pretrained(directory)
+    inject(network, PTuning2Config(tokens=30))
+    with pytest.raises(ValueError, match="7 tokens after a prefix of 30 are more than the 32 positions"):
+        network(*batch())
 
 
 def test_padding_changes_nothing(mode, directory):

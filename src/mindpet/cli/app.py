@@ -65,7 +65,7 @@ def finetune(
 
       mindpet finetune run.yaml method.name=adapter train.epochs=3 output.directory=runs/adapter
     """
-    with _readable_errors(f"mindpet finetune {run_file} --resume"):
+    with _readable_errors():
         from mindpet.cli.screen import Screen, print_report
         from mindpet.train.config import load_run
 
@@ -113,6 +113,7 @@ def infer(
     directory: RunDirectory,
     texts: Annotated[list[str] | None, typer.Argument(help="Texts to classify; without any, lines from stdin.")] = None,
     file: Annotated[Optional[Path], typer.Option("--file", help="A file with one text a line.")] = None,  # noqa: UP045
+    model: Annotated[Optional[str], typer.Option(help="Where the model is now, if it was moved.")] = None,  # noqa: UP045
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a text.")] = False,
 ) -> None:
     """Classify texts with a tuned model.
@@ -127,16 +128,20 @@ def infer(
         if file is not None:
             if not file.is_file():
                 raise ValueError(f"There is no file {file}.")
-            lines += file.read_text(encoding="utf-8").splitlines()
+            with open(file, encoding="utf-8-sig") as opened:
+                try:
+                    lines += [line.rstrip("\n") for line in opened]
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{file} is not UTF-8: {error}") from error
         elif not lines:
-            lines = sys.stdin.read().splitlines()
+            lines = [line.rstrip("\n") for line in sys.stdin]
         lines = [line for line in lines if line.strip()]
         if not lines:
             raise ValueError("There is no text to classify: give some as arguments, with --file, or on stdin.")
         from mindpet.cli.screen import Screen, print_predictions
         from mindpet.train import run
 
-        predictions = run.infer(directory, lines)
+        predictions = run.infer(directory, lines, [f"model.path={model}"] if model else None)
         if as_json:
             for line, chances in zip(lines, predictions):
                 typer.echo(
@@ -154,7 +159,11 @@ def config_init(
     model: Annotated[str, typer.Option(help="Directory of the model.")] = "path/to/model",
     train: Annotated[str, typer.Option(help="Training data.")] = "path/to/train.jsonl",
 ) -> None:
-    """Write a run file with every key, its default, and what it means."""
+    """Write a run file with every key, its default, and what it means.
+
+    Examples:
+      mindpet config init run.yaml --model models/minilm --train headlines.jsonl
+    """
     with _readable_errors():
         from mindpet import _files
         from mindpet.train.config import template
@@ -167,7 +176,11 @@ def config_init(
 
 @config_app.command("show")
 def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Print the run file with all defaults and overrides in it."""
+    """Print the run file with all defaults and overrides in it.
+
+    Examples:
+      mindpet config show run.yaml train.epochs=3
+    """
     with _readable_errors():
         from mindpet.train.config import as_yaml, load_run
 
@@ -176,7 +189,11 @@ def config_show(run_file: RunFile, overrides: Overrides = None) -> None:
 
 @config_app.command("validate")
 def config_validate(run_file: RunFile, overrides: Overrides = None) -> None:
-    """Check a run file, its method, its model and its data without training."""
+    """Check a run file, its method, its model and its data without training.
+
+    Examples:
+      mindpet config validate run.yaml
+    """
     with _readable_errors():
         from mindpet.train.config import load_run
 
@@ -187,11 +204,11 @@ def config_validate(run_file: RunFile, overrides: Overrides = None) -> None:
         screen = Screen()
         prepared = run.prepare(config, screen)
         run.build_network(config, prepared.labels)
-        screen.console.print(f"[green]{run_file} is fine.[/green]")
+        screen.console.print(f"{run_file} is fine.", style="green", markup=False)
 
 
 @contextmanager
-def _readable_errors(resume: str = "") -> Iterator[None]:
+def _readable_errors() -> Iterator[None]:
     """What the user did wrong becomes a message and exit status 1 (2 for a run file), an interruption 130."""
     # MindSpore's log writes warnings about itself over the progress bar; GLOG_v brings them back
     os.environ.setdefault("GLOG_v", "3")
@@ -205,14 +222,14 @@ def _readable_errors(resume: str = "") -> Iterator[None]:
     except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
         if os.environ.get("MINDPET_TRACEBACK"):
             raise
-        kind = type(error).__name__
-        if kind == "Interrupted":
-            typer.secho(f"{error}\nGo on with: {resume}", fg="yellow", err=True)
-            raise typer.Exit(130) from None
+        code = getattr(error, "exit_code", 1)  # 130 interrupted, 2 a wrong run file
+        if code == 130:
+            typer.secho(f"{error}", fg="yellow", err=True)
+            raise typer.Exit(code) from None
         if isinstance(error, ModuleNotFoundError):
             typer.secho(f"{error.name} is missing: pip install 'mindpet[cli,text]'", fg="red", err=True)
             raise typer.Exit(1) from None
         ours = type(error).__module__.startswith("mindpet") or type(error) is ValueError
-        hint = "" if ours else f"\n({kind}; MINDPET_TRACEBACK=1 shows where)"
+        hint = "" if ours else f"\n({type(error).__name__}; MINDPET_TRACEBACK=1 shows where)"
         typer.secho(f"{error}{hint}", fg="red", err=True)
-        raise typer.Exit(2 if kind == "RunFileError" else 1) from None
+        raise typer.Exit(code) from None

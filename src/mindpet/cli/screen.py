@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from mindpet.train.fit import Reporter
 
@@ -79,7 +80,7 @@ class Screen(Reporter):
 
 def print_report(console: Console, report: dict[str, Any], directory: Path) -> None:
     """The table at the end of a run."""
-    table = Table("", "before", "after", title=f"{report['method']}: {directory}")
+    table = Table("", "before", "after", title=Text(f"{report['method']}: {directory}"))
     for key, name, shown in (
         ("accuracy", "held-out accuracy", "{:.2%}"),
         ("macro_f1", "macro F1", "{:.3f}"),
@@ -96,8 +97,8 @@ def print_report(console: Console, report: dict[str, Any], directory: Path) -> N
     facts.add_row("delta", f"{_size(report['delta_bytes'])} (the model: {_size(report['model_bytes'])})")
     facts.add_row("time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {report['step']} steps")
     facts.add_row("peak memory", f"{report['peak_memory_mib']} MiB")
-    facts.add_row("picture", str(directory / "curve.png"))
-    facts.add_row("delta in", str(directory / "delta"))
+    facts.add_row("picture", Text(str(directory / "curve.png")))
+    facts.add_row("delta in", Text(str(directory / "delta")))
     console.print(facts)
     console.print(f'\nUse it: mindpet infer {directory} "a text"', markup=False)
 
@@ -113,11 +114,11 @@ def print_scores(console: Console, scores: "Scores", labels: list[str]) -> None:
         wrong = row.copy()
         wrong[index] = 0
         table.add_row(
-            label,
+            Text(label),
             str(row.sum()),
             f"{row[index] / row.sum():.1%}" if row.sum() else "-",
             f"{row[index] / column.sum():.1%}" if column.sum() else "-",
-            f"{labels[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-",
+            Text(f"{labels[wrong.argmax()]} ({wrong.max()})" if wrong.any() else "-"),
         )
     console.print(table)
 
@@ -127,7 +128,8 @@ def print_predictions(console: Console, texts: list[str], predictions: list[dict
     table = Table("text", "label", "probability", "next")
     for text, chances in zip(texts, predictions):
         (label, chance), *others = chances.items()
-        table.add_row(text, label, f"{chance:.1%}", f"{others[0][0]} {others[0][1]:.1%}" if others else "")
+        following = f"{others[0][0]} {others[0][1]:.1%}" if others else ""
+        table.add_row(Text(text), Text(label), f"{chance:.1%}", Text(following))
     console.print(table)
 
 

@@ -36,6 +36,7 @@ class AdapterConfig(DeltaConfig):
     non_linearity: str = "gelu"
 
     def __post_init__(self):
+        super().__post_init__()
         _checks.positive_int("AdapterConfig", "size", self.size)
         build_activation("AdapterConfig", "non_linearity", self.non_linearity, unknown=ValueError)
 
@@ -81,7 +82,7 @@ class AdapterLayer(nn.Cell):
         bottleneck_size = _checks.positive_int(owner, "bottleneck_size", bottleneck_size)
         _checks.string(owner, "non_linearity", non_linearity)
         _checks.float_type(owner, "param_init_type", param_init_type)
-        _checks.compute_type(owner, "compute_dtype", compute_dtype)
+        _checks.float_type(owner, "compute_dtype", compute_dtype)
         activation = build_activation(owner, "non_linearity", non_linearity, unknown=ValueError)
         kinds = {"param_init_type": param_init_type, "compute_dtype": compute_dtype}
         down = ComputeDense(hidden_size, bottleneck_size, TruncatedNormal(0.01), **kinds)

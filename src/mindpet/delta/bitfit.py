@@ -25,6 +25,7 @@ METHOD = Method(
     name="bitfit",
     config=BitFitConfig,
     trainable=("*bias",),
+    norm_trainable=("beta",),
     paper="Ben Zaken et al. 2021, BitFit: Simple Parameter-efficient Fine-tuning, arXiv:2106.10199",
     learning_rate=0.003,
 )

@@ -52,7 +52,7 @@ class ComputeDense(nn.Dense):
         _checks.init_value(owner, "bias_init", bias_init, (out_channels,))
         _checks.boolean(owner, "has_bias", has_bias)
         _checks.float_type(owner, "param_init_type", param_init_type)
-        _checks.compute_type(owner, "compute_dtype", compute_dtype)
+        _checks.float_type(owner, "compute_dtype", compute_dtype)
         activation = resolve_activation(owner, activation)
         super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, dtype=param_init_type)
         self.compute_dtype = compute_dtype
@@ -65,6 +65,11 @@ class ComputeDense(nn.Dense):
         Strategies already written on the operators stay. It computes in the dtype of the weight. What the subclass
         adds beside the dense part is still to be made.
         """
+        if type(dense).construct not in (nn.Dense.construct, ComputeDense.construct):
+            raise TypeError(
+                f"A {type(dense).__name__} has a construct of its own, which a {cls.__name__} in its place would not "
+                "compute: exclude it, or place the layer by hand."
+            )
         layer = cls.__new__(cls)
         _share(dense, layer)
         layer.compute_dtype = getattr(dense, "compute_dtype", dense.weight.dtype)
@@ -87,6 +92,7 @@ class ComputeDense(nn.Dense):
 
     def rows_of(self, x):
         """The input as rows in the computing dtype: (..., in) -> (rows, in)."""
+        _checks.require_kernel(self.compute_dtype)
         if x.ndim != 2:
             x = self.reshape(x, (-1, x.shape[-1]))
         return self.cast(x, self.compute_dtype)

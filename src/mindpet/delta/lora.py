@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
@@ -46,6 +47,7 @@ class LoRAConfig(DeltaConfig):
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
+        super().__post_init__()
         for rank in (self.rank, *self.rank_pattern.values()):
             _checks.positive_int("LoRAConfig", "rank", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
@@ -202,6 +204,26 @@ class LoRADense(ComputeDense):
         self.add.shard(strategy_lora_add)
 
 
+def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The same deltas for layers of a rank that is at least theirs, and of another alpha: exactly.
+
+    Rows of zeros fill up A, columns of zeros B, and B takes up the ratio of the two scales.
+    """
+    fitted = {}
+    for name, value in tensors.items():
+        path, _, last = name.rpartition(".")
+        ours, theirs = here.at(path), there.at(path)
+        missing = ours.rank - theirs.rank
+        if last == "mindpet_delta_lora_a" and missing > 0:
+            value = np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+        elif last == "mindpet_delta_lora_b" and missing >= 0:
+            ratio = (theirs.scaled_alpha / theirs.rank) / (ours.scaled_alpha / ours.rank)
+            value = value if ratio == 1 else (value * ratio).astype(value.dtype)
+            value = np.pad(value, [(0, 0), (0, missing)] + [(0, 0)] * (value.ndim - 2))
+        fitted[name] = value
+    return fitted
+
+
 METHOD = Method(
     name="lora",
     config=LoRAConfig,
@@ -214,5 +236,6 @@ METHOD = Method(
         nn.Conv2d: LoRAConv2d.from_conv,
     },
     targets=("*.query", "*.value"),
+    fit=fit,
     learning_rate=0.001,
 )

@@ -32,6 +32,7 @@ class LowRankAdapterConfig(DeltaConfig):
     non_linearity: str = "gelu"
 
     def __post_init__(self):
+        super().__post_init__()
         _checks.positive_int("LowRankAdapterConfig", "reduction_factor", self.reduction_factor)
         _checks.positive_int("LowRankAdapterConfig", "rank", self.rank)
         build_activation("LowRankAdapterConfig", "non_linearity", self.non_linearity, unknown=ValueError)
@@ -117,7 +118,7 @@ class LowRankAdapterLayer(nn.Cell):
         _checks.init_value(owner, "low_rank_w_init", low_rank_w_init, names_only=True)
         _checks.string(owner, "non_linearity", non_linearity)
         _checks.float_type(owner, "param_init_type", param_init_type)
-        _checks.compute_type(owner, "compute_dtype", compute_dtype)
+        _checks.float_type(owner, "compute_dtype", compute_dtype)
         if reduction_factor > hidden_size:
             raise ValueError(
                 f"For '{owner}', 'reduction_factor' must be at most {hidden_size}, the size of what it reduces, "
@@ -137,6 +138,7 @@ class LowRankAdapterLayer(nn.Cell):
 
     def construct(self, x):
         rows = x if x.ndim == 2 else self.reshape(x, (-1, x.shape[-1]))  # (rows, hidden)
+        _checks.require_kernel(self.compute_dtype)
         branch = self.mindpet_delta_low_rank_adapter_down_sampler(self.cast(rows, self.compute_dtype))  # (rows, k)
         branch = self.mindpet_delta_low_rank_adapter_up_sampler(
             self.mindpet_delta_low_rank_adapter_non_linear(branch)

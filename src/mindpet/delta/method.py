@@ -1,10 +1,12 @@
 """What a tuning method is: a record that everything else reads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mindspore import nn
+
+from mindpet import _checks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,9 +26,49 @@ class DeltaConfig:
     layers: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
 
+    def __post_init__(self):
+        owner = type(self).__name__
+        for name in ("exclude", "modules_to_save"):
+            object.__setattr__(self, name, _patterns(owner, name, getattr(self, name)))
+        if self.targets is not None and self.targets != "all-linear":
+            object.__setattr__(self, "targets", _patterns(owner, "targets", self.targets, (str, type)))
+        if self.layers is not None:
+            layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
+            wrong = [layer for layer in layers if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0]
+            if wrong:
+                raise ValueError(
+                    f"For '{owner}', 'layers' must be numbers from 0 on, but got {_checks.shown(wrong[0])}."
+                )
+            object.__setattr__(self, "layers", layers)
+
     def at(self, path: str) -> "DeltaConfig":
         """What holds for the cell at `path`; methods with patterns of their own override this."""
         return self
+
+
+def _patterns(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:
+    """One pattern, or a sequence of them, as a tuple."""
+    entries = (value,) if isinstance(value, kinds) else value
+    if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kinds) for entry in entries):
+        raise TypeError(f"For '{owner}', '{name}' must be a pattern or a list of them, but got {_checks.shown(value)}.")
+    return tuple(entries)
+
+
+def same_configuration(here: Any, there: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Tensors of a delta made with the configuration `there`, for a network injected with `here`: as they are.
+
+    Raises:
+        ValueError: the two compute differently.
+    """
+    harmless = ("targets", "exclude", "layers", "modules_to_save", "dropout")
+    differ = [
+        f"{entry.name} was {getattr(there, entry.name)!r} and is {getattr(here, entry.name)!r} here"
+        for entry in fields(here)
+        if entry.name not in harmless and getattr(here, entry.name) != getattr(there, entry.name)
+    ]
+    if differ:
+        raise ValueError("the delta was made with another configuration: " + ", ".join(differ))
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -44,6 +86,9 @@ class Method:
         targets: the usual targets in the networks of `mindpet.models`.
         learning_rate: a sensible one to begin with, for Adam.
         aliases: other names that it is known by.
+        norm_trainable: attributes of LayerNorm that it trains too, when asked to include norms.
+        fit: turns the tensors of a delta made with another configuration of the method into those for this one:
+            ``fit(here, there, tensors)``. What it cannot turn, it leaves, and loading reports it.
     """
 
     name: str
@@ -55,3 +100,5 @@ class Method:
     targets: tuple[str, ...] = ()
     learning_rate: float = 1e-3
     aliases: tuple[str, ...] = ()
+    norm_trainable: tuple[str, ...] = ()
+    fit: Callable[[Any, Any, dict[str, Any]], dict[str, Any]] = same_configuration

@@ -35,6 +35,7 @@ class PrefixConfig(DeltaConfig):
     dropout: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         for name in ("tokens", "embed_dim", "mid_dim"):
             _checks.positive_int("PrefixConfig", name, getattr(self, name))
         _checks.rate("PrefixConfig", "dropout", self.dropout, allow_int=True)

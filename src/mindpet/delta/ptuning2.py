@@ -34,6 +34,7 @@ class PTuning2Config(DeltaConfig):
     dropout: float = 0.0
 
     def __post_init__(self):
+        super().__post_init__()
         _checks.positive_int("PTuning2Config", "tokens", self.tokens)
         _checks.boolean("PTuning2Config", "projection", self.projection)
         _checks.positive_int("PTuning2Config", "projection_dim", self.projection_dim)
@@ -95,6 +96,8 @@ class PrefixEncoder(nn.Cell):
         self.prefix_projection = _checks.boolean(owner, "prefix_projection", prefix_projection)
         self.projection_dim = _checks.positive_int(owner, "projection_dim", projection_dim)
         self.dropout_prob = _checks.rate(owner, "dropout_prob", dropout_prob, allow_int=True)
+        if not isinstance(out_perm, (tuple, list)):
+            raise TypeError(f"For '{owner}', 'out_perm' must be a tuple, but got {_checks.shown(out_perm)}.")
         if sorted(out_perm) != [0, 1, 2, 3, 4]:
             raise ValueError(
                 f"For '{owner}', 'out_perm' must order the axes 0 to 4, but got {_checks.shown(out_perm)}."

@@ -7,7 +7,7 @@ from mindspore import dtype as mstype
 
 from mindpet import _checks
 
-_IGNORED = -100  # the label of a position that counts for nothing, as in MindSpore's cross_entropy
+IGNORED = -100  # the label of a position that counts for nothing, as in MindSpore's cross_entropy
 
 
 @ops.constexpr
@@ -46,7 +46,7 @@ class RDropLoss(nn.Cell):
     give the same value.
 
     Labels are class indices of an integer dtype, without the last axis, or class probabilities of the logits' shape.
-    The index -100 marks a position that counts for nothing, in either term.
+    An index is in [0, C), or -100, which marks a position that counts for nothing, in either term.
 
     Raises:
         TypeError: `alpha` is not an int or a float; logits are not floats.
@@ -66,7 +66,7 @@ class RDropLoss(nn.Cell):
             weight = ops.ones_like(entropy)
         else:
             index = label_ids.astype(mstype.int32)  # first: unsigned labels do not compare with -100
-            weight = (index != _IGNORED).astype(mstype.float32)  # (2N,) or (2N, T)
+            weight = (index != IGNORED).astype(mstype.float32)  # (2N,) or (2N, T)
             index = (index * weight.astype(mstype.int32)).expand_dims(-1)
             entropy = -ops.gather_elements(log_p, log_p.ndim - 1, index).squeeze(-1) * weight
         total = weight.sum()
@@ -85,9 +85,14 @@ def rdrop_repeat(*inputs: Tensor) -> Any:
 
     Returns a tuple for several inputs and a Tensor for one.
 
+    Raises:
+        TypeError: no input.
+
     >>> rdrop_repeat(Tensor([1, 2])).asnumpy().tolist()
     [1, 1, 2, 2]
     """
+    if not inputs:
+        raise TypeError("For 'rdrop_repeat', there must be at least one input.")
     outputs: tuple[Tensor, ...] = ()
     for value in inputs:
         pairs = ops.stack((value, value), 1)  # (N, 2, ...)

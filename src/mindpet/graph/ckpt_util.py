@@ -6,7 +6,6 @@ from typing import Any
 
 from mindspore import Parameter, nn, save_checkpoint
 from mindspore.train import CheckpointConfig, ModelCheckpoint, RunContext
-from mindspore.train.callback._checkpoint import CheckpointManager, _chg_ckpt_file_name_if_same_exist
 
 from mindpet import _checks, _compat
 from mindpet.utils.exceptions import AbsolutePathError, LinkPathError
@@ -40,7 +39,7 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         _checks.string(owner, "directory", directory)
         if config is not None and not isinstance(config, CheckpointConfig):
             raise TypeError(f"For '{owner}', 'config' must be a CheckpointConfig, but got {_checks.shown(config)}.")
-        if os.path.islink(directory.rstrip("/")):
+        if os.path.islink(os.path.normpath(directory)):
             raise LinkPathError(f"For '{owner}', 'directory' must not be a symbolic link, but {directory} is one.")
         if not os.path.isabs(directory):
             raise AbsolutePathError(f"For '{owner}', 'directory' must be absolute, but got {directory!r}.")
@@ -74,7 +73,7 @@ class TrainableParamsCheckPoint(ModelCheckpoint):
         if kind is None or not self._exception_save or self._progress is None:
             return
         epoch, step, steps = self._progress.cur_epoch_num, self._progress.cur_step_num, self._progress.batch_num
-        prefix = _chg_ckpt_file_name_if_same_exist(self._directory, self._exception_prefix, True)
+        prefix = _compat.breakpoint_prefix(self._directory, self._exception_prefix)
         name = f"{prefix}-{epoch}_{(step - 1) % steps + 1 if step else 0}_breakpoint.ckpt"
         self._append_dict_content(epoch, step)
         save_checkpoint(
@@ -121,7 +120,7 @@ class _TrainablePart(nn.Cell):
                 yield name, parameter
 
 
-class _RemoveAfterwards(CheckpointManager):
+class _RemoveAfterwards(_compat.CheckpointManager):
     """Holds back the removal of old files until the new one is written: a kill in between costs nothing."""
 
     def __init__(self, file_format: str):

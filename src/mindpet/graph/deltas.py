@@ -1,33 +1,46 @@
-"""A tuned network's delta as a directory: ``delta.json`` says what to inject, ``delta.safetensors`` has the numbers."""
+"""A tuned network's deltas: as directories, and several of them on one network.
+
+``delta.safetensors`` has the numbers and, in its metadata, what to inject and what the base network looked like;
+``delta.json`` repeats the latter for people and tools.
+"""
 
 import dataclasses
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Tensor, load_checkpoint, nn
+from mindspore import Parameter, Tensor, load_checkpoint, nn
 
 from mindpet import _checks, _files
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_named, method_of
-from mindpet.graph.inject import inject, injections
+from mindpet.graph.inject import eject, inject, injections
 from mindpet.graph.merge import merged_cells
 
 FORMAT = 1
+OURS = "mindpet_"  # in the names of all parameters that are no part of the base
+_RECORD = "mindpet_deltas"  # the attribute of a network that holds the deltas loaded by name
+_OLDER = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
 
 
 class DeltaFileError(ValueError):
     """A delta directory is missing, broken, or does not fit the network."""
 
 
-def save_delta(network: nn.Cell, directory: str | Path) -> None:
+def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = False) -> None:
     """Write the trainable parameters, and how to inject them again.
 
-    Both files appear whole; ``delta.json`` comes last, so a directory that has it is complete.
+    Args:
+        network: with its delta, not merged.
+        directory: made if it is missing.
+        hash_weights: also keep a hash of the base weights, so that loading notices a base of the same shape but with
+            other numbers. It takes about a second for each gigabyte.
 
     Raises:
         TypeError: `network` is not a Cell.
-        ValueError: nothing in it trains.
+        ValueError: nothing in it trains; its delta is merged.
     """
     _checks.cell("save_delta", "network", network)
     if merged_cells(network):
@@ -35,81 +48,212 @@ def save_delta(network: nn.Cell, directory: str | Path) -> None:
     tensors = {parameter.name: parameter.asnumpy() for parameter in network.trainable_params()}
     if not tensors:
         raise ValueError("Nothing in this network trains, so there is no delta to save.")
-    directory = Path(directory)
-    configs = [
-        {"method": method_of(config).name, **dataclasses.asdict(config)}
-        for config in (one.config for one in injections(network))
-    ]
-    _files.write_tensors(directory / "delta.safetensors", tensors, {"format": "ms"})
-    _files.write_json(directory / "delta.json", {"format": FORMAT, "methods": configs, "parameters": sorted(tensors)})
+    methods = []
+    for one in injections(network):
+        entry = {"method": method_of(one.config).name, **dataclasses.asdict(one.config)}
+        methods.append({**entry, "targets": list(one.adapted), "exclude": [], "layers": None} if one.adapted else entry)
+    base = _base_of(network)
+    description = {
+        "format": FORMAT,
+        "methods": methods,
+        "parameters": sorted(tensors),
+        "base": {name: list(parameter.shape) for name, parameter in base.items()},
+        "base_hash": _hash_of(base) if hash_weights else None,
+    }
+    write_delta(directory, description, tensors)
 
 
-def load_delta(network: nn.Cell, directory: str | Path) -> nn.Cell:
+def write_delta(directory: str | Path, description: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
+    """The two files of a delta, each whole. The first has everything; ``delta.json`` is a copy for people and tools."""
+    _files.write_tensors(
+        Path(directory) / "delta.safetensors", tensors, {"format": "ms", "delta": json.dumps(description)}
+    )
+    _files.write_json(Path(directory) / "delta.json", description)
+
+
+def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig], dict[str, np.ndarray]]:
+    """(description, configurations, tensors) of a delta directory.
+
+    Raises:
+        DeltaFileError: a file is missing or broken.
+    """
+    path = Path(directory) / "delta.safetensors"
+    tensors, metadata = _read_tensors(path)
+    try:
+        description = json.loads(metadata["delta"])
+        methods = description["methods"]
+        known = description["format"]
+        entries = [dict(entry) for entry in methods]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise DeltaFileError(f"{path} is not a delta: its metadata has no usable description ({error}).") from error
+    if known != FORMAT:
+        raise DeltaFileError(f"{path} is a delta of format {known}, and this version reads format {FORMAT}.")
+    return description, [_config_of(entry, path) for entry in entries], tensors
+
+
+def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -> nn.Cell:
     """Put a saved delta into a network: inject what the directory says, unless that is done, and set the numbers.
+
+    Several deltas may be loaded under several names; the last one loaded is in force until :func:`use` says otherwise.
+    A LoRA of a lower rank than the network's, or of another alpha, is fitted in exactly.
 
     Args:
         network: the network that the delta was trained on.
         directory: what :func:`save_delta` wrote; or one ``.ckpt`` or ``.safetensors`` file of trainable parameters, as
             :class:`TrainableParamsCheckPoint` and MindPet 1.0.4 write them, for a network that has the layers already.
+        name: how to call it later.
 
     Returns:
         The same network.
 
     Raises:
         TypeError: `network` is not a Cell.
-        DeltaFileError: a file is missing or broken; names or shapes do not fit, all of them in one message.
+        DeltaFileError: a file is missing or broken; the base is another one; names or shapes do not fit. All problems
+            are in one message, and the network is unchanged.
     """
     _checks.cell("load_delta", "network", network)
+    _checks.string("load_delta", "name", name)
     directory = Path(directory)
     if directory.suffix in (".ckpt", ".safetensors"):
-        return _set_parameters(network, _read_checkpoint(directory), directory)
-    description = _files.read_json(directory / "delta.json", DeltaFileError)
-    tensors = _read_tensors(directory / "delta.safetensors")
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        raise DeltaFileError(f"{directory / 'delta.json'} is not a delta of format {FORMAT}.")
-    if not injections(network):
-        for entry in description.get("methods", ()):
-            inject(network, _config_of(dict(entry), directory))
-    return _set_parameters(network, tensors, directory)
+        tensors = _read_checkpoint(directory)
+        _require(_misfits(network, tensors, complete=False), directory)
+        return _keep(network, name, tensors)
+    description, configs, tensors = read_delta(directory)
+    _require(_other_base(network, description), directory)
+    present = [one.config for one in injections(network)]
+    if not present:
+        try:
+            for config in configs:
+                inject(network, config)
+        except (ValueError, TypeError) as error:
+            if injections(network):
+                eject(network)
+            raise DeltaFileError(f"The delta in {directory} cannot be injected into this network: {error}") from error
+    elif [type(config) for config in present] != [type(config) for config in configs]:
+        names = [" and ".join(method_of(c).name for c in group) or "none" for group in (configs, present)]
+        raise DeltaFileError(f"The delta in {directory} is of {names[0]}, the network has {names[1]}.")
+    else:
+        try:
+            for here, there in zip(present, configs):
+                tensors = method_of(here).fit(here, there, tensors)
+        except ValueError as error:
+            raise DeltaFileError(f"The delta in {directory} does not fit this network: {error}.") from error
+    misfits = _misfits(network, tensors, complete=bool(configs))
+    if misfits and not present and injections(network):
+        eject(network)
+    _require(misfits, directory)
+    return _keep(network, name, tensors)
 
 
-def _set_parameters(network: nn.Cell, tensors: dict[str, np.ndarray], source: Path) -> nn.Cell:
+def use(network: nn.Cell, name: str) -> nn.Cell:
+    """Put the delta of that name in force. What was trained under the present name is kept for the way back.
+
+    Nothing is compiled anew: only numbers change.
+
+    Raises:
+        ValueError: no delta of that name was loaded.
+    """
+    deltas = loaded_deltas(network)
+    if name not in deltas:
+        raise ValueError(
+            f"No delta is called {name!r}: there are {', '.join(deltas) or 'none'}{_checks.near(name, deltas)}."
+        )
+    return _keep(network, name, deltas[name])
+
+
+def loaded_deltas(network: nn.Cell) -> dict[str, dict[str, np.ndarray]]:
+    """The deltas loaded by name, the present one with the numbers that it has now."""
+    record = vars(network).get(_RECORD, {"all": {}, "current": None})
+    deltas = dict(record["all"])
+    if record["current"] is not None:
+        deltas[record["current"]] = {p.name: p.asnumpy().copy() for p in network.trainable_params()}
+    return deltas
+
+
+def _keep(network: nn.Cell, name: str, tensors: dict[str, np.ndarray]) -> nn.Cell:
+    """Remember the present numbers under the present name, then set `tensors` under `name`."""
+    vars(network)[_RECORD] = {"all": {**loaded_deltas(network), name: tensors}, "current": name}
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
-    problems = [f"not in this network: {name}" for name in tensors if name not in parameters]
-    problems += [
-        f"{name}: the file has shape {tensors[name].shape}, the network {tuple(parameters[name].shape)}"
-        for name in tensors
-        if name in parameters and tuple(parameters[name].shape) != tensors[name].shape
-    ]
-    problems += [
-        f"not in the file: {parameter.name}"
-        for parameter in network.trainable_params()
-        if injections(network) and parameter.name not in tensors
-    ]
-    if problems:
-        raise DeltaFileError(f"The delta in {source} does not fit this network:\n  " + "\n  ".join(problems))
-    for name, value in tensors.items():
-        parameters[name].set_data(Tensor(value).astype(parameters[name].dtype))
+    for parameter_name, value in tensors.items():
+        parameter = parameters[parameter_name]
+        parameter.set_data(Tensor(np.ascontiguousarray(value)).astype(parameter.dtype))
     return network
 
 
-def _config_of(entry: dict[str, Any], directory: Path) -> DeltaConfig:
+def _misfits(network: nn.Cell, tensors: dict[str, np.ndarray], complete: bool) -> list[str]:
+    parameters = {parameter.name: parameter for parameter in network.get_parameters()}
+    problems = [
+        f"not in this network: {name}{_checks.near(name, parameters)}" for name in tensors if name not in parameters
+    ]
+    problems += [
+        f"{name}: the file has shape {value.shape}, the network {tuple(parameters[name].shape)}"
+        for name, value in tensors.items()
+        if name in parameters and tuple(parameters[name].shape) != value.shape
+    ]
+    if complete:
+        problems += [f"not in the file: {p.name}" for p in network.trainable_params() if p.name not in tensors]
+    return problems
+
+
+def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
+    """How the base of this network differs from the one that the delta was trained on."""
+    recorded = description.get("base")
+    if not isinstance(recorded, dict):
+        return []
+    trained = set(description.get("parameters", ()))
+    here = {
+        parameter.name: list(parameter.shape)
+        for parameter in network.get_parameters()
+        if OURS not in parameter.name and parameter.name not in trained
+    }
+    problems = [f"the base it was trained on had {name}" for name in recorded if name not in here]
+    problems += [f"the base it was trained on had no {name}" for name in here if name not in recorded]
+    problems += [
+        f"{name}: the base it was trained on had shape {tuple(recorded[name])}, this one {tuple(shape)}"
+        for name, shape in here.items()
+        if name in recorded and recorded[name] != shape
+    ]
+    if not problems and description.get("base_hash"):
+        base = {p.name: p for p in network.get_parameters() if p.name in recorded}
+        if _hash_of(base) != description["base_hash"]:
+            problems.append("the base has the same shapes but other weights than the one it was trained on")
+    return problems
+
+
+def _base_of(network: nn.Cell) -> dict[str, Parameter]:
+    return {p.name: p for p in network.get_parameters() if not p.requires_grad and OURS not in p.name}
+
+
+def _hash_of(parameters: dict[str, Parameter]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(parameters):
+        digest.update(name.encode())
+        digest.update(np.ascontiguousarray(parameters[name].asnumpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _require(problems: list[str], source: Path) -> None:
+    if problems:
+        shown = problems[:20] + ([f"and {len(problems) - 20} more"] if len(problems) > 20 else [])
+        raise DeltaFileError(f"The delta in {source} does not fit this network:\n  " + "\n  ".join(shown))
+
+
+def _config_of(entry: dict[str, Any], path: Path) -> DeltaConfig:
     try:
-        config = method_named(entry.pop("method", "")).config
-        return config(**{key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()})
+        return method_named(entry.pop("method", "")).config(**entry)
     except (TypeError, ValueError) as error:
-        raise DeltaFileError(f"{directory / 'delta.json'}: {error}") from error
+        raise DeltaFileError(f"{path}: {error}") from error
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
         raise DeltaFileError(f"There is no file {path}.")
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise DeltaFileError(f"{path} cannot be read as safetensors: {error}") from error
 
 
@@ -121,9 +265,5 @@ def _read_checkpoint(path: Path) -> dict[str, np.ndarray]:
         parameters = load_checkpoint(str(path), format=path.suffix[1:])
     except (ValueError, TypeError, RuntimeError) as error:
         raise DeltaFileError(f"{path} cannot be read as a checkpoint: {error}") from error
-    older = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
-    return {
-        older.get(name, name): value.asnumpy()
-        for name, value in parameters.items()
-        if name not in ("epoch_num", "step_num")
-    }
+    counters = ("epoch_num", "step_num")
+    return {_OLDER.get(name, name): value.asnumpy() for name, value in parameters.items() if name not in counters}

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 from mindspore import Parameter, nn
+from mindspore import dtype as mstype
 
 from mindpet import _checks, _compat
 from mindpet.delta.method import Method
@@ -16,6 +17,8 @@ from mindpet.delta.registry import METHODS, method_named
 from mindpet.utils.exceptions import ModelConfigFreezeInfoError, ReadYamlFileError
 
 _log = logging.getLogger("mindpet")
+# A table of indices belongs to its method by name, but cannot train: MindFormers' P-tuning v2 keeps one as a parameter.
+_WITHOUT_GRADIENT = (*mstype.int_type, *mstype.uint_type, mstype.bool_)
 
 
 def freeze_modules(model: nn.Cell, include: list[str] | None = None, exclude: list[str] | None = None) -> None:
@@ -132,9 +135,9 @@ def train_only(model: nn.Cell, methods: Sequence[Method], also: Sequence[str] = 
     chosen: set[int] = set()
     for method in methods:
         ids = {id(parameter) for parameter, known in names if _matches(known, method.trainable)}
-        if method.name == "bitfit" and include_norm:
+        if include_norm:
             norms = [cell for _, cell in model.cells_and_names() if isinstance(cell, nn.LayerNorm)]
-            ids |= {id(cell.beta) for cell in norms}
+            ids |= {id(getattr(cell, name)) for cell in norms for name in method.norm_trainable}
         if not ids:
             raise ValueError(
                 f"No parameter of this {type(model).__name__} belongs to the method '{method.name}' (its names match "
@@ -143,7 +146,7 @@ def train_only(model: nn.Cell, methods: Sequence[Method], also: Sequence[str] = 
         chosen |= ids
     chosen |= parameters_below(model, also)
     for parameter, _ in names:
-        parameter.requires_grad = id(parameter) in chosen
+        parameter.requires_grad = id(parameter) in chosen and parameter.dtype not in _WITHOUT_GRADIENT
 
 
 def parameters_below(model: nn.Cell, patterns: Sequence[str]) -> set[int]:
@@ -221,7 +224,7 @@ def _what_is_there(names: list[tuple[Parameter, set[str]]]) -> str:
 
 
 def _read_yaml(path: str) -> Any:
-    if os.path.islink(path.rstrip("/")):
+    if os.path.islink(os.path.normpath(path)):
         raise ReadYamlFileError(f"{path} is a symbolic link, which is refused: give the file itself.")
     if not os.path.isfile(path):
         raise ReadYamlFileError(f"There is no file {path}.")

@@ -79,7 +79,10 @@ class BertConfig:
 
 
 class BertEmbeddings(nn.Cell):
-    """Word, position and segment embeddings, summed and normalised: ``(batch, seq)`` to ``(batch * seq, hidden)``."""
+    """Word, position and segment embeddings, summed and normalised: ``(batch, seq)`` to ``(batch * seq, hidden)``.
+
+    The first token has the position `start`.
+    """
 
     def __init__(self, config: BertConfig):
         super().__init__()
@@ -88,14 +91,17 @@ class BertEmbeddings(nn.Cell):
         self.position_embeddings = nn.Embedding(
             config.max_position_embeddings, config.hidden_size, embedding_table=start
         )
+        self.positions = config.max_position_embeddings
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size, embedding_table=start)
         self.LayerNorm = nn.LayerNorm((config.hidden_size,), epsilon=config.layer_norm_eps)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
 
-    def construct(self, input_ids, token_type_ids):
+    def construct(self, input_ids, token_type_ids, start=0):
         seq = input_ids.shape[1]
+        if start + seq > self.positions:
+            raise ValueError(f"{seq} tokens after a prefix of {start} are more than the {self.positions} positions.")
         total = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (batch, seq, hidden)
-        total = total + self.position_embeddings.embedding_table[:seq]
+        total = total + self.position_embeddings(ops.arange(start, start + seq))
         rows = total.reshape((-1, total.shape[-1]))  # (batch * seq, hidden)
         return self.dropout(self.LayerNorm(rows))
 
@@ -201,8 +207,7 @@ class BertEncoder(nn.Cell):
         self.layer = nn.CellList([BertLayer(config) for _ in range(config.num_hidden_layers)])
         self.prefix = PrefixSlot(config.num_hidden_layers, heads, hidden // heads)
 
-    def construct(self, rows, mask):
-        pairs = self.prefix()
+    def construct(self, rows, mask, pairs):
         if len(pairs) > 0:
             tokens = pairs[0][0].shape[0]
             visible = ops.zeros((mask.shape[0], 1, 1, tokens), mask.dtype)
@@ -242,10 +247,12 @@ class BertModel(nn.Cell):
 
     def construct(self, input_ids, attention_mask, token_type_ids):
         batch, seq = input_ids.shape
-        rows = self.embeddings(input_ids, token_type_ids)
+        pairs = self.encoder.prefix()
+        start = pairs[0][0].shape[0] if len(pairs) > 0 else 0  # as in the original, a prefix takes the first positions
+        rows = self.embeddings(input_ids, token_type_ids, start)
         hidden_from = -1e9 if rows.dtype == mstype.float32 else -3e4
         mask = (1.0 - attention_mask.astype(rows.dtype)).reshape((batch, 1, 1, seq)) * hidden_from
-        rows = self.encoder(rows, mask)
+        rows = self.encoder(rows, mask, pairs)
         return rows.reshape((batch, seq, self.hidden_size)), self.pooler(rows, batch)
 
 

@@ -1,8 +1,9 @@
 """The run file: what it may say, where it comes from, and what is wrong with it, all problems at once."""
 
 import difflib
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -13,9 +14,30 @@ METHOD_NAMES = ("lora", "adapter", "low_rank_adapter", "bitfit", "prefix", "ptun
 class RunFileError(ValueError):
     """A run file, or an override of it, is wrong; the message lists every problem."""
 
+    exit_code = 2
+
+
+Count = Annotated[int, Field(strict=True)]  # true and 3.0 are no counts
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML in which 1e-3 is a number, as people write it, and a key that stands twice is an error."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class ModelSection(_Section):
@@ -55,7 +77,7 @@ class DataSection(_Section):
     text: str = Field("text", description="key or column of the text")
     text_pair: str | None = Field(None, description="key or column of a second text, for tasks on pairs")
     label: str = Field("label", description="key or column of the label")
-    max_length: int = Field(128, ge=4, description="tokens; longer texts are cut")
+    max_length: Count = Field(128, ge=4, description="tokens; longer texts are cut")
     overlap: Literal["drop", "keep", "error"] = Field(
         "drop", description="what to do with training rows whose text is also held out"
     )
@@ -64,10 +86,12 @@ class DataSection(_Section):
 class TrainSection(_Section):
     """The training itself."""
 
-    epochs: int = Field(5, ge=1, description="passes over the training data")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps, whatever 'epochs' says")
-    batch_size: int = Field(32, ge=1, description="samples in a forward pass")
-    accumulate: int = Field(1, ge=1, description="forward passes in a step: the gradient is the mean over all of them")
+    epochs: Count = Field(5, ge=1, description="passes over the training data")
+    max_steps: Count | None = Field(None, ge=1, description="stop after so many steps, whatever 'epochs' says")
+    batch_size: Count = Field(32, ge=1, description="samples in a forward pass")
+    accumulate: Count = Field(
+        1, ge=1, description="forward passes in a step: the gradient is the mean over all of them"
+    )
     learning_rate: float | None = Field(None, gt=0, description="the method's own sensible one when empty")
     schedule: Literal["linear", "cosine", "constant"] = Field(
         "linear", description="how the learning rate goes down after the warm-up"
@@ -83,13 +107,13 @@ class TrainSection(_Section):
     r_drop_alpha: float = Field(
         0.0, ge=0, description="above 0: two passes a sample and the R-Drop loss with this weight"
     )
-    evaluate_every: int | None = Field(None, ge=1, description="steps between evaluations; once an epoch when empty")
-    save_every: int = Field(50, ge=1, description="steps between saves that --resume can go on from")
-    early_stopping: int | None = Field(
+    evaluate_every: Count | None = Field(None, ge=1, description="steps between evaluations; once an epoch when empty")
+    save_every: Count = Field(50, ge=1, description="steps between saves that --resume can go on from")
+    early_stopping: Count | None = Field(
         None, ge=1, description="stop after so many evaluations without a better accuracy"
     )
     keep_best: bool = Field(True, description="keep the delta of the best evaluation rather than of the last step")
-    seed: int = Field(0, ge=0, description="of everything random: split, order, start, dropout")
+    seed: Count = Field(0, ge=0, le=2**32 - 1, description="of everything random: split, order, start, dropout")
     mode: Literal["graph", "pynative"] = Field(
         "graph", description="graph compiles first and is faster; pynative is easier to debug"
     )
@@ -119,7 +143,7 @@ class RunConfig(_Section):
         return self
 
 
-def load_run(path: str | Path | None, overrides: list[str] | None = None, check_method: bool = True) -> RunConfig:
+def load_run(path: str | Path | None, overrides: list[str] | None = None) -> RunConfig:
     """The run that a file and ``key=value`` overrides describe: overrides go over the file, the file over defaults.
 
     Raises:
@@ -137,7 +161,7 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None, check_
             problems.append(f"{override!r} is not section.key=value, for instance train.epochs=3")
             continue
         try:
-            parsed = yaml.safe_load(value)
+            parsed = yaml.load(value, _Loader)
         except yaml.YAMLError:
             parsed = value
         section = content.setdefault(parts[0], {})
@@ -149,7 +173,7 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None, check_
         config = RunConfig.model_validate(content)
     except ValidationError as error:
         problems += [_in_words(entry) for entry in error.errors()]
-    if not problems and check_method:
+    if not problems:
         problems = method_problems(config.method)
     if problems:
         where = f" in {path}" if path else ""
@@ -230,7 +254,7 @@ def _read(path: Path) -> dict[str, Any]:
         )
         raise RunFileError(f"There is no run file {path}{'; near it: ' + ', '.join(close) if close else ''}.")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
         raise RunFileError(f"{path} cannot be read as YAML: {error}") from error
     if content is None:

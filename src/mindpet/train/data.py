@@ -1,6 +1,7 @@
 """Labelled text: reading, splitting, tokenising, batching."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 import mindspore.dataset as msds
 import numpy as np
 
-from mindpet.train.step import IGNORED
+from mindpet.delta.r_drop import IGNORED
 
 _NAMED = 5  # broken rows that are named; the rest is counted
 
@@ -56,7 +57,7 @@ def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: 
         DataError: nothing there, an unknown kind of file, no row that can be used.
     """
     path = Path(path)
-    readers = {".jsonl": _json_lines, ".json": _json_lines, ".csv": _table, ".tsv": _table}
+    readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
     if path.is_dir():
         rows = _folder(path)
     elif not path.is_file():
@@ -72,38 +73,46 @@ def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: 
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            yield number, ValueError(f"not JSON: {error}")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                yield number, ValueError(f"not UTF-8: {error}")
+            except (ValueError, RecursionError) as error:
+                yield number, ValueError(f"not JSON: {error}")
 
 
 def _table(path: Path) -> Iterator[tuple[int, Any]]:
+    """Rows under a header. A TSV has no quotes, as is usual; a CSV may quote fields, and lines within them."""
     csv.field_size_limit(1 << 24)
-    with open(path, encoding="utf-8-sig", errors="replace", newline="") as file:
-        reader = csv.reader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        header = next(reader, [])
+    tabs = path.suffix.lower() == ".tsv"
+    options: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if tabs else {"strict": True}
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        reader = csv.reader(file, **options)
+        header: list[str] | None = None
         while True:
+            number = reader.line_num + 1
             try:
                 cells = next(reader)
             except StopIteration:
                 return
             except csv.Error as error:
-                yield reader.line_num, ValueError(str(error))
+                lines = reader.line_num - number + 1
+                what = f", which takes this and the {lines - 1} lines after it" if lines > 1 else ""
+                yield number, ValueError(f"{error}{what}")
                 continue
-            if cells and len(cells) != len(header):
-                yield reader.line_num, ValueError(f"{len(cells)} fields where the header has {len(header)}")
+            if header is None:
+                twice = sorted({name for name in cells if cells.count(name) > 1})
+                if twice:
+                    raise DataError(f"{path} has two columns with the same name: {', '.join(twice)}.")
+                header = cells
+            elif cells and len(cells) != len(header):
+                yield number, ValueError(f"{len(cells)} fields where the header has {len(header)}")
             elif cells:
-                yield reader.line_num, dict(zip(header, cells))
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            yield number, line.decode("utf-8", errors="replace")
+                yield number, dict(zip(header, cells))
 
 
 def _from_records(path: Path, records: Iterator[tuple[int, Any]], text: str, label: str, pair: str | None) -> Rows:
@@ -115,20 +124,31 @@ def _from_records(path: Path, records: Iterator[tuple[int, Any]], text: str, lab
             continue
         first = str(record[text])
         rows.texts.append((first, str(record[pair])) if pair else first)
-        rows.labels.append(str(record[label]))
+        rows.labels.append(_label(record[label]))
     return rows
+
+
+def _label(value: Any) -> str:
+    """The same str for the same label in JSON and in a table: true, 1, news."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value).strip()
 
 
 def _problem(record: Any, text: str, label: str, pair: str | None) -> str:
     if not isinstance(record, dict):
         return f"not an object but {type(record).__name__}"
     for key in filter(None, (text, pair, label)):
-        value = record.get(key)
-        if value is None:
+        if key not in record:
             return f"no '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})"
-        if isinstance(value, (dict, list)) or not str(value).strip():
-            return f"'{key}' is {'empty' if not isinstance(value, (dict, list)) else 'not a text'}"
-        if key != label and "\ufffd" in str(value):
+        value = record[key]
+        if value is None or isinstance(value, (dict, list)):
+            return f"'{key}' is {'null' if value is None else 'not a text'}"
+        if not str(value).strip():
+            return f"'{key}' is empty"
+        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in str(value)):
             return f"'{key}' is not UTF-8"
     return ""
 
@@ -170,6 +190,10 @@ def split_rows(rows: Rows, holdout: float, seed: int) -> tuple[Rows, Rows]:
     for group in np.random.default_rng([seed, 2]).permutation(len(members)):
         if len(held) + len(members[group]) <= wanted:
             held += members[group]
+    if not held:
+        raise DataError(
+            f"None of {len(rows)} rows could be held out: the same {len(members)} texts repeat in all of them."
+        )
     chosen = set(held)
     return rows.take([i for i in range(len(rows)) if i not in chosen]), rows.take(sorted(held))
 
@@ -194,12 +218,19 @@ class Encoded:
     count: int
     cut: int
 
+    def digest(self) -> str:
+        """A hash of all that is in it: a resumed run must go on with the same."""
+        total = hashlib.sha256()
+        for name in sorted(self.columns):
+            total.update(self.columns[name].tobytes())
+        return total.hexdigest()
+
     def batches(self, order: np.ndarray, batch_size: int, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
         """Batches of `batch_size` rows in that order, through MindSpore's pipeline, the first `skip` left out."""
+        if skip * batch_size >= len(order):
+            return
         missing = -len(order) % batch_size
         filled = [int(index) for index in order[skip * batch_size :]] + [self.count] * missing
-        if not filled:
-            return
         rows = {name: values[filled] for name, values in self.columns.items()}
         pipeline = msds.NumpySlicesDataset(rows, shuffle=False, num_parallel_workers=1)
         yield from pipeline.batch(batch_size).create_dict_iterator(num_epochs=1, output_numpy=False)

@@ -6,7 +6,8 @@ run would see other masks than an uninterrupted one. Here entry (r, c) of a mask
 .. math:: s_{rc} = (a_t\, h_r)\, g_c + b_t \mod 2^{32}
 
 is at or above the threshold: multiply-add hashing (Dietzfelbinger 1996, section 3) of fixed random odd words h and g,
-with a fresh odd multiplier a_t and a fresh b_t for every layer and step. Any two entries of a mask are independent.
+with a fresh odd multiplier a_t and a fresh b_t for every layer and step. Entries of a mask are pairwise independent but
+for the last bits of the words, which a threshold does not see.
 """
 
 from typing import Any
@@ -18,7 +19,7 @@ from mindspore import dtype as mstype
 from mindpet.graph.inject import replace_cell
 from mindpet.graph.targets import cells_by_path
 
-_POOL = 1 << 20  # words: the longest mask has so many rows
+_POOL = 1 << 20  # words, for rows from its start and for columns from its end
 
 
 class ResumableDropout(nn.Cell):
@@ -44,9 +45,16 @@ def _kept(words, key, threshold, scale, shape):
     rows = 1
     for size in shape[:-1]:
         rows = rows * size
+    count = rows * columns
+    if rows > _POOL // 2 or columns > _POOL // 2:  # any other shape of the same size will do
+        columns = 4096
+        rows = (count + columns - 1) // columns
     row_words = (words[:rows] * key[0]).reshape((rows, 1))
     word = row_words * words[_POOL - columns :] + key[1]  # (rows, columns)
-    return (ops.greater_equal(word, threshold).astype(mstype.float32) * scale).reshape(shape)
+    kept = ops.greater_equal(word, threshold).astype(mstype.float32) * scale
+    if rows * columns != count:
+        kept = kept.reshape((-1,))[:count]
+    return kept.reshape(shape)
 
 
 class DropoutKeys:
@@ -63,13 +71,13 @@ class DropoutKeys:
             return
         generator = np.random.default_rng([seed, 0])
         words = generator.integers(-(2**31), 2**31, _POOL, dtype=np.int64).astype(np.int32) | 1
-        shared = Parameter(Tensor(words), name="dropout_words", requires_grad=False)
-        self.keys = Parameter(Tensor(self._words_for(0)), name="dropout_keys", requires_grad=False)
+        shared = Parameter(Tensor(words), name="mindpet_dropout_words", requires_grad=False)
+        self.keys = Parameter(Tensor(self._words_for(0)), name="mindpet_dropout_keys", requires_grad=False)
         for site, (path, cell) in enumerate(sites.items()):
             new = ResumableDropout(_probability(cell), shared, self.keys, site)
             new.set_train(cell.training)
             replace_cell(network, path, new)
-        shared.name, self.keys.name = "dropout_words", "dropout_keys"
+        shared.name, self.keys.name = "mindpet_dropout_words", "mindpet_dropout_keys"
 
     def set_step(self, step: int) -> None:
         """Give every dropout the masks of this step."""

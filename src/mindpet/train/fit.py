@@ -2,6 +2,7 @@
 
 import json
 import math
+import shlex
 import signal
 import threading
 import time
@@ -27,6 +28,8 @@ CHECKPOINT = "checkpoint.safetensors"
 
 class Interrupted(RuntimeError):
     """The run was asked to stop; everything up to the present step is saved."""
+
+    exit_code = 130
 
 
 class Diverged(RuntimeError):
@@ -163,7 +166,8 @@ class Fit:
         else:
             self.accumulate = AccumulateStep(loss, self.optimizer)
             self.apply = AppliedStep(self.accumulate, self.optimizer, config.clip_norm)
-        self.progress = Progress()
+        self.progress, self.saved_step = Progress(), 0
+        self.digest = f"{train.digest()} {test.digest()}"
         self._stop: str | None = None
 
     def run(self, resume: bool = False) -> Progress:
@@ -195,7 +199,7 @@ class Fit:
 
     def _steps(self, log: Any) -> Iterator[dict[str, Any]]:
         progress, config = self.progress, self.config
-        while progress.step < self.total:
+        while progress.step < self.total and not self._patience_is_over():
             order = np.random.default_rng([config.seed, progress.epoch, 3]).permutation(self.train.count)
             batches = self.train.batches(order, config.batch_size, skip=progress.batch)
             self.network.set_train(True)
@@ -216,12 +220,8 @@ class Fit:
                 value = float(loss)  # waits for the step
                 seconds = time.monotonic() - begun
                 progress.seconds += seconds
-                if not math.isfinite(value):
-                    raise Diverged(
-                        f"The loss became {value} at step {progress.step + 1}. The save of step "
-                        f"{progress.step // config.save_every * config.save_every} is intact. Try a lower "
-                        f"train.learning_rate than {max(self.rates):g}, a longer train.warmup, or train.clip_norm."
-                    )
+                self._require_finite(value, "loss", progress.step + 1)
+                self._require_finite(float(norm), "gradient", progress.step + 1)
                 record = {
                     "step": progress.step + 1,
                     "epoch": progress.epoch + 1,
@@ -247,6 +247,7 @@ class Fit:
         enough = False
         if due or end:
             scores = self.evaluate()
+            self._require_finite(scores.loss, "held-out loss", progress.step)
             best = scores.accuracy > progress.best
             progress.waited = 0 if best else progress.waited + 1
             record = {"step": progress.step, **scores.as_record()}
@@ -256,16 +257,29 @@ class Fit:
                     self.save(self.network, self.directory / "delta")
             _log(log, record)
             self.reporter.evaluation(record, best)
-            enough = config.early_stopping is not None and progress.waited >= config.early_stopping
+            enough = self._patience_is_over()
         if self._stop or end or enough or progress.step % config.save_every == 0:
             self._save()
         if self._stop:
-            raise Interrupted(f"Stopped by {self._stop} after step {progress.step} of {self.total}; it is saved.")
+            raise Interrupted(
+                f"Stopped by {self._stop} after step {progress.step} of {self.total}; it is saved.\n"
+                f"Go on with: mindpet finetune {shlex.quote(str(self.directory / 'run.yaml'))} --resume"
+            )
         if enough and not end:
             self.reporter.message(
                 f"Early stopping: no better accuracy than {progress.best:.2%} in {progress.waited} evaluations."
             )
         return end or enough
+
+    def _patience_is_over(self) -> bool:
+        return self.config.early_stopping is not None and self.progress.waited >= self.config.early_stopping
+
+    def _require_finite(self, value: float, name: str, step: int) -> None:
+        if not math.isfinite(value):
+            raise Diverged(
+                f"The {name} became {value} at step {step}. The save of step {self.saved_step} is intact. Try a lower "
+                f"train.learning_rate than {max(self.rates):g}, a longer train.warmup, or train.clip_norm=1."
+            )
 
     def evaluate(self) -> Scores:
         """Scores on the held-out rows."""
@@ -281,8 +295,9 @@ class Fit:
 
     def _save(self) -> None:
         tensors = {name: parameter.asnumpy() for name, parameter in self._state().items()}
-        state = {**asdict(self.progress), "total": self.total, "rows": self.train.count}
+        state = {**asdict(self.progress), "total": self.total, "data": self.digest}
         _files.write_tensors(self.directory / CHECKPOINT, tensors, {"state": json.dumps(state)})
+        self.saved_step = self.progress.step
 
     def _restore(self) -> None:
         from safetensors import SafetensorError, safe_open
@@ -302,12 +317,14 @@ class Fit:
         differ += [name for name in tensors.keys() & here.keys() if tensors[name].size != here[name].size]
         if differ:
             raise CannotResume(f"{path} is of another network or optimizer: {', '.join(differ[:5])} do not fit.")
-        now = {"total": self.total, "rows": self.train.count}
-        if any(state.pop(key) != value for key, value in now.items()):
-            raise CannotResume(f"{path} is of a run with other data or another number of steps.")
+        if state.pop("total") != self.total:
+            raise CannotResume(f"{path} is of a run with another number of steps.")
+        if state.pop("data") != self.digest:
+            raise CannotResume(f"The data has changed since the run in {self.directory} began.")
         for name, value in tensors.items():
             here[name].set_data(Tensor(value.reshape(here[name].shape)))
         self.progress = Progress(**state)
+        self.saved_step = self.progress.step
 
     def stop(self, reason: str) -> None:
         """Ask the loop to save and end after the present step."""

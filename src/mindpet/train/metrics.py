@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import nn
 
+from mindpet.delta.r_drop import IGNORED
 from mindpet.train.data import Encoded
-from mindpet.train.step import IGNORED
 
 
 @dataclass(frozen=True)

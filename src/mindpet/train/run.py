@@ -1,5 +1,6 @@
 """The main job: tune, evaluate and use a network as a run file says."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from mindpet import _compat, _files
 from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import inject
-from mindpet.models.bert import BertForSequenceClassification
+from mindpet.models.bert import BertConfig, BertForSequenceClassification
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
 from mindpet.train.data import DataError, Encoded, Rows, encode, load_tokenizer, overlapping, read_rows, split_rows
 from mindpet.train.fit import CHECKPOINT, CannotResume, Fit, Reporter, read_metrics
@@ -34,53 +35,81 @@ class Prepared:
     labels: list[str]
 
 
+def read_data(path: str, config: RunConfig, reporter: Reporter) -> Rows:
+    """The rows of one file or folder; those left out are reported."""
+    rows = read_rows(path, config.data.text, config.data.label, config.data.text_pair)
+    if rows.broken:
+        reporter.message(f"{path}: {rows.broken_in_words()}")
+    return rows
+
+
 def prepare_rows(config: RunConfig, reporter: Reporter) -> tuple[Rows, Rows]:
     """(train, held out), with everything worth knowing about them reported."""
-    data, seed = config.data, config.train.seed
-    columns = (data.text, data.label, data.text_pair)
-    train = read_rows(data.train, *columns)
-    if train.broken:
-        reporter.message(f"{data.train}: {train.broken_in_words()}")
-    if data.test is None:
-        train, test = split_rows(train, data.holdout, seed)
+    train = read_data(config.data.train, config, reporter)
+    if config.data.test is None:
+        train, test = split_rows(train, config.data.holdout, config.train.seed)
     else:
-        test = read_rows(data.test, *columns)
-        if test.broken:
-            reporter.message(f"{data.test}: {test.broken_in_words()}")
-    shared = overlapping(train, test)
-    if shared:
-        example = str(train.texts[shared[0]])[:60]
-        what = f"{len(shared)} training rows have a text that is also held out, for instance {example!r}"
-        if data.overlap == "error":
-            raise DataError(f"{what}; data.overlap=drop leaves them out.")
-        reporter.message(f"{what}: {'left out' if data.overlap == 'drop' else 'kept'} (data.overlap={data.overlap}).")
-        if data.overlap == "drop":
-            gone = set(shared)
-            train = train.take([index for index in range(len(train)) if index not in gone])
+        test = read_data(config.data.test, config, reporter)
+        train = _without_overlap(train, test, config, reporter)
     if len(set(train.labels)) < 2:
-        raise DataError(f"The training rows have only the label {train.labels[0] if train.labels else '-'!r}.")
-    unseen = sorted(set(test.labels) - set(train.labels))
+        raise DataError(
+            f"Training needs rows of two labels at least, but there are {len(train)} rows of {len(set(train.labels))}."
+        )
+    check_labels(test, sorted(set(train.labels)), reporter)
+    return train, test
+
+
+def check_labels(test: Rows, labels: list[str], reporter: Reporter) -> None:
+    """Report held-out rows whose label is unknown, which are not scored.
+
+    Raises:
+        DataError: no row would be scored.
+    """
+    unseen = sorted(set(test.labels) - set(labels))
+    if not set(test.labels) & set(labels):
+        raise DataError(
+            f"No held-out row has a known label: they have {', '.join(unseen)}, known are {', '.join(labels)}."
+        )
     if unseen:
         count = sum(label in unseen for label in test.labels)
         reporter.message(
             f"{count} held-out rows have labels that no training row has ({', '.join(unseen)}): not scored."
         )
-    return train, test
+
+
+def check_lengths(config: RunConfig, tokenizer: Any) -> None:
+    """Whether texts of `data.max_length` tokens of this tokenizer fit the model.
+
+    Raises:
+        RunFileError: they are longer than the model's positions.
+        DataError: the tokenizer has more words than the model.
+    """
+    sizes = BertConfig.from_json(Path(config.model.path) / "config.json")
+    if config.data.max_length > sizes.max_position_embeddings:
+        raise RunFileError(
+            f"data.max_length is {config.data.max_length}, but the model in {config.model.path} has "
+            f"{sizes.max_position_embeddings} positions."
+        )
+    if tokenizer.get_vocab_size() > sizes.vocab_size:
+        raise DataError(
+            f"The tokenizer in {config.model.path} has {tokenizer.get_vocab_size()} words, the model has "
+            f"{sizes.vocab_size}: they do not belong together."
+        )
 
 
 def prepare(config: RunConfig, reporter: Reporter) -> Prepared:
     """Read, split and tokenise the data of a run."""
+    tokenizer = load_tokenizer(config.model.path)
+    check_lengths(config, tokenizer)
     train, test = prepare_rows(config, reporter)
     labels = sorted(set(train.labels))
-    tokenizer = load_tokenizer(config.model.path)
     encoded = [encode(tokenizer, rows, labels, config.data.max_length) for rows in (train, test)]
     for name, rows in zip(("training", "held-out"), encoded):
         if rows.cut:
             reporter.message(f"{rows.cut} {name} rows are longer than {config.data.max_length} tokens and are cut.")
     counts = ", ".join(f"{label} {train.labels.count(label)}" for label in labels[:12])
-    reporter.message(
-        f"{len(train)} rows to train on ({counts}{', ...' if len(labels) > 12 else ''}), {len(test)} held out."
-    )
+    more = ", ..." if len(labels) > 12 else ""
+    reporter.message(f"{len(train)} rows to train on ({counts}{more}), {len(test)} held out.")
     return Prepared(encoded[0], encoded[1], labels)
 
 
@@ -92,13 +121,24 @@ def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
     ms.set_context(mode=_MODES[config.train.mode], pynative_synchronize=_compat.device_target() == "CPU")
     drop = config.model.dropout
     changes = {} if drop is None else {"hidden_dropout_prob": drop, "attention_probs_dropout_prob": drop}
-    network, _ = BertForSequenceClassification.from_pretrained(
+    network, report = BertForSequenceClassification.from_pretrained(
         config.model.path, len(labels), config.model.pooling, **changes
     )
+    if config.model.pooling == "pooler" and any("pooler" in name for name in report.missing):
+        raise RunFileError(f"The model in {config.model.path} has no pooler: use model.pooling=mean.")
     if config.method.name == "full":
         return network
     given = config.method.options.get("modules_to_save") or []
     return inject(network, method_config(config.method, modules_to_save=tuple(dict.fromkeys([*given, "classifier"]))))
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run, whatever the working directory will be."""
+    model = config.model.model_copy(update={"path": os.path.abspath(config.model.path)})
+    files = {key: os.path.abspath(path) for key in ("train", "test") if (path := getattr(config.data, key)) is not None}
+    data = config.data.model_copy(update=files)
+    output = config.output.model_copy(update={"directory": os.path.abspath(config.output.directory)})
+    return config.model_copy(update={"model": model, "data": data, "output": output})
 
 
 def peak_learning_rate(config: RunConfig) -> float:
@@ -128,6 +168,7 @@ def finetune(
         Interrupted, Diverged, CannotResume: see :meth:`mindpet.train.fit.Fit.run`.
     """
     reporter = reporter or Reporter()
+    config = with_absolute_paths(config)
     directory = Path(config.output.directory)
     _check_directory(config, directory, resume, overwrite)
     begun = time.monotonic()
@@ -142,8 +183,10 @@ def finetune(
     fit = Fit(network, config.train, peak_learning_rate(config), prepared.train, prepared.test, directory, reporter)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for name in (CHECKPOINT, "report.json", "before.json"):
+        for name in ("run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png"):
             (directory / name).unlink(missing_ok=True)
+        for name in ("delta.safetensors", "delta.json"):
+            (directory / "delta" / name).unlink(missing_ok=True)
         _files.write_json(directory / "labels.json", prepared.labels)
         before = fit.evaluate().as_record()
         _files.write_json(directory / "before.json", before)
@@ -185,7 +228,7 @@ def load_tuned(directory: str | Path, overrides: list[str] | None = None) -> tup
     directory = Path(directory)
     if not (directory / "run.yaml").is_file():
         raise RunFileError(f"{directory} is not the directory of a run: it has no run.yaml.")
-    if not (directory / "delta" / "delta.json").is_file():
+    if not (directory / "delta" / "delta.safetensors").is_file():
         raise RunFileError(f"{directory} has no delta yet: finish the run with mindpet finetune --resume.")
     config = load_run(directory / "run.yaml", overrides)
     labels = _files.read_json(directory / "labels.json", RunFileError)
@@ -199,20 +242,51 @@ def evaluate(
     directory: str | Path, overrides: list[str] | None = None, reporter: Reporter | None = None
 ) -> tuple[Scores, list[str]]:
     """Scores of a finished run on its held-out rows, or on ``data.test=FILE``; and its labels."""
+    reporter = reporter or Reporter()
     config, network, labels = load_tuned(directory, overrides)
-    _, test = prepare_rows(config, reporter or Reporter())
-    rows = encode(load_tokenizer(config.model.path), test, labels, config.data.max_length)
+    tokenizer = load_tokenizer(config.model.path)
+    check_lengths(config, tokenizer)
+    if config.data.test is not None:
+        test = read_data(config.data.test, config, reporter)
+        check_labels(test, labels, reporter)
+    else:
+        _, test = prepare_rows(config, reporter)
+    rows = encode(tokenizer, test, labels, config.data.max_length)
     logits = predict_logits(network, rows, config.train.batch_size)
     return score(logits, rows.columns["labels"][: rows.count]), labels
 
 
-def infer(directory: str | Path, texts: list[Any]) -> list[dict[str, float]]:
-    """For each text, the probability of each label, the most probable first."""
-    config, network, labels = load_tuned(directory)
-    rows = Rows(texts, [labels[0]] * len(texts))
-    encoded = encode(load_tokenizer(config.model.path), rows, labels, config.data.max_length)
-    chances = probabilities(predict_logits(network, encoded, min(config.train.batch_size, len(texts))))
+def infer(directory: str | Path, texts: list[str], overrides: list[str] | None = None) -> list[dict[str, float]]:
+    """For each text, the probability of each label, the most probable first.
+
+    A run on pairs (``data.text_pair``) takes the two texts with a tab between them.
+    """
+    config, network, labels = load_tuned(directory, overrides)
+    inputs: list[Any] = list(texts)
+    if config.data.text_pair:
+        inputs = [tuple(text.split("\t")) for text in texts]
+        wrong = next((text for text, pair in zip(texts, inputs) if len(pair) != 2), None)
+        if wrong is not None:
+            raise DataError(f"This run is on pairs of texts: put a tab between the two, unlike in {wrong[:60]!r}.")
+    encoded = encode(
+        load_tokenizer(config.model.path), Rows(inputs, [labels[0]] * len(inputs)), labels, config.data.max_length
+    )
+    chances = probabilities(predict_logits(network, encoded, min(config.train.batch_size, len(inputs))))
     return [{labels[index]: float(row[index]) for index in np.argsort(-row)} for row in chances]
+
+
+def _without_overlap(train: Rows, test: Rows, config: RunConfig, reporter: Reporter) -> Rows:
+    shared = overlapping(train, test)
+    if not shared:
+        return train
+    example = str(train.texts[shared[0]])[:60]
+    what = f"{len(shared)} training rows have a text that is also held out, for instance {example!r}"
+    if config.data.overlap == "error":
+        raise DataError(f"{what}; data.overlap=drop leaves them out.")
+    drop = config.data.overlap == "drop"
+    reporter.message(f"{what}: {'left out' if drop else 'kept'} (data.overlap={config.data.overlap}).")
+    gone = set(shared) if drop else set()
+    return train.take([index for index in range(len(train)) if index not in gone])
 
 
 def _title(config: RunConfig, share: float) -> str:

@@ -3,9 +3,7 @@
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
-from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
-
-IGNORED = -100  # the label of a row that only fills up a batch
+from mindpet.delta.r_drop import IGNORED, RDropLoss, rdrop_repeat
 
 
 class ClassificationLoss(nn.Cell):

@@ -1,0 +1,158 @@
+"""Adapter directories of Hugging Face PEFT, read and written without torch.
+
+A directory has ``adapter_config.json`` (:mod:`~mindpet.interop.peft_config`) and ``adapter_model.safetensors``: LoRA
+(:mod:`~mindpet.interop.peft_lora`) or prefix tuning (:mod:`~mindpet.interop.peft_prefix`), together with modules that
+were trained whole, under the names that they have in the base model.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet import _checks, _files
+from mindpet.graph.freeze_utils import names_of_parameters
+from mindpet.graph.inject import inject, injections
+from mindpet.graph.merge import merged_cells
+from mindpet.graph.targets import cells_by_path
+from mindpet.interop.peft_config import config_problems
+from mindpet.interop.peft_lora import read_lora, write_lora
+from mindpet.interop.peft_modules import Modules, Names
+from mindpet.interop.peft_prefix import read_prefix, write_prefix
+from mindpet.models.loading import PretrainedFilesError, _read_file
+
+
+class PeftFormatError(ValueError):
+    """A directory of PEFT is missing something, broken, of another network, or holds what is not here; and the reverse:
+    what a network holds cannot be said in PEFT's format.
+    """
+
+
+def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = None) -> nn.Cell:
+    """Inject what a directory of PEFT holds, and set the numbers. It can be used and trained on from there.
+
+    The targets are the modules that the file has tensors for. Numbers are converted to the dtype of the network's
+    parameters. Prefix tuning becomes P-tuning v2 without a projection; through a projection that PEFT trained with,
+    training cannot go on, since only its output is saved.
+
+    Args:
+        network: the base network, untouched.
+        directory: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        names: for a network whose cells do not have Hugging Face's paths: from a cell's path to a module's, as a
+            function or as a mapping, whose entries also hold for the cells below.
+
+    Returns:
+        The same network.
+
+    Raises:
+        TypeError: `network` is not a Cell.
+        ValueError: something was injected into `network` already.
+        PeftFormatError: a file is missing or broken; a key changes the mathematics in a way that is not here (DoRA and
+            others) or is unknown and not empty; tensors are missing, unexpected or misshaped. All problems are in one
+            message, and the network is unchanged.
+    """
+    _checks.cell("load_peft", "network", network)
+    if injections(network) or merged_cells(network):
+        raise ValueError("For 'load_peft', 'network' must be untouched, but something was injected into it: eject it.")
+    modules, directory = Modules.of(network, names), Path(directory)
+    content = _files.read_json(directory / "adapter_config.json", PeftFormatError)
+    if not isinstance(content, dict):
+        raise PeftFormatError(f"{directory / 'adapter_config.json'} must hold an object, but has {type(content)}.")
+    tensors, problems = _read_tensors(directory), config_problems(content)
+    if problems:
+        raise _misfit(directory, problems)
+    read = read_lora if content["peft_type"] == "LORA" else read_prefix
+    config, values = read(content, tensors, modules, problems)
+    if problems or config is None:
+        raise _misfit(directory, problems)
+    try:
+        inject(network, config)
+    except ValueError as error:
+        raise _misfit(directory, [str(error)]) from error
+    parameters = {name: parameter for parameter, known in names_of_parameters(network) for name in known}
+    for path, value in values.items():
+        parameters[path].set_data(Tensor(np.ascontiguousarray(value)).astype(parameters[path].dtype))
+    return network
+
+
+def save_peft(
+    network: nn.Cell,
+    directory: str | Path,
+    base_model: str | None = None,
+    task_type: str | None = None,
+    names: Names | None = None,
+) -> None:
+    """Write what was injected and trained as a directory that PEFT loads.
+
+    LoRA on dense layers, embeddings and convolutions is written as it is, together with the biases and the modules that
+    train whole. Prefix-Tuning and P-Tuning v2 are written as the table of their prompts, with no projection. Both files
+    appear whole; ``adapter_config.json`` comes last.
+
+    Args:
+        network: with LoRA layers, or a filled prefix slot.
+        directory: made if it is not there.
+        base_model: name or path of the base model, for ``base_model_name_or_path``.
+        task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"`` and so on. PEFT needs one for a prefix, so None there
+            means ``"SEQ_CLS"`` if a ``classifier`` or a ``score`` trains.
+        names: as in :func:`load_peft`.
+
+    Raises:
+        TypeError: `network` is not a Cell.
+        ValueError: its deltas are merged into its weights.
+        PeftFormatError: nothing that PEFT has was injected, or something that it has not as well.
+
+    >>> import tempfile
+    >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["0"]))
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     save_peft(network, directory)
+    ...     other = load_peft(nn.SequentialCell(nn.Dense(4, 4)), directory)
+    >>> [parameter.name for parameter in other.trainable_params()]
+    ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
+    """
+    _checks.cell("save_peft", "network", network)
+    if merged_cells(network):
+        raise ValueError("The deltas of this network are merged into its weights: unmerge them to save them.")
+    modules = Modules.of(network, names)
+    problems: list[str] = []
+    methods = {one.delta_method for one in cells_by_path(network).values() if hasattr(one, "delta_method")}
+    if methods == {"lora"}:
+        content, tensors = write_lora(network, modules, problems)
+    elif methods and methods <= {"prefix", "ptuning2"}:
+        content, tensors = write_prefix(modules, problems)
+    else:
+        there = ", ".join(sorted(methods)) or "nothing"
+        raise PeftFormatError(f"A directory of PEFT holds LoRA or a prefix, but this network has {there}.")
+    if problems:
+        raise PeftFormatError("This network cannot be saved for PEFT:\n  " + "\n  ".join(problems))
+    if (
+        task_type is None
+        and content["peft_type"] == "PREFIX_TUNING"
+        and {"classifier", "score"} & {*content["modules_to_save"]}
+    ):
+        task_type = "SEQ_CLS"
+    content |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
+    arrays = {name: _array(value) for name, value in tensors.items()}
+    _files.write_tensors(Path(directory) / "adapter_model.safetensors", arrays, {"format": "pt"})
+    _files.write_json(Path(directory) / "adapter_config.json", dict(sorted(content.items())))
+
+
+def _misfit(directory: Path, problems: list[str]) -> PeftFormatError:
+    return PeftFormatError(f"The adapter in {directory} cannot be loaded:\n  " + "\n  ".join(problems))
+
+
+def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
+    path = directory / "adapter_model.safetensors"
+    if not path.is_file():
+        pickled = (directory / "adapter_model.bin").is_file()
+        hint = "; pickled weights (adapter_model.bin) are not read: save them as safetensors" if pickled else ""
+        raise PeftFormatError(f"There is no file {path}{hint}.")
+    try:
+        return _read_file(path)
+    except PretrainedFilesError as error:
+        raise PeftFormatError(str(error)) from error
+
+
+def _array(value: Parameter | Tensor) -> np.ndarray:
+    """The numbers; bfloat16 is widened to float32, which NumPy has."""
+    return (value.astype(mstype.float32) if value.dtype == mstype.bfloat16 else value).asnumpy()

@@ -1,0 +1,176 @@
+"""What the ``adapter_config.json`` of Hugging Face PEFT says: which keys change the outputs, which modules it names.
+
+Modules go by their Hugging Face paths, without the ``base_model.model.`` that PEFT writes before them in tensor names.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from mindpet import _checks
+
+_log = logging.getLogger("mindpet")
+
+# Read elsewhere, or of interest only to who starts, trains or cuts up the network: a trained adapter computes the same.
+_COMMON = """
+    auto_mapping base_model_name_or_path inference_mode modules_to_save peft_type peft_version revision task_type
+"""
+_LORA = """
+    alpha_pattern bias corda_config eva_config exclude_modules fan_in_fan_out layers_pattern layers_to_transform
+    loftq_config lora_alpha lora_dropout lora_ga_config megatron_config megatron_core merge_weights qalora_group_size r
+    rank_pattern runtime_config target_modules use_rslora velora_config
+"""
+_PREFIX = """
+    encoder_hidden_size init_weights num_attention_heads num_layers num_virtual_tokens prefix_projection token_dim
+"""
+_FREE_OF = {"LORA": set((_COMMON + _LORA).split()), "PREFIX_TUNING": set((_COMMON + _PREFIX).split())}
+# Another computation unless the value is empty or false: what it would be.
+_REFUSED_OF = {
+    "LORA": {
+        "alora_invocation_tokens": "Activated LoRA, which starts at an invocation token",
+        "arrow_config": "routing between several adapters",
+        "enable_lora": "LoRA on parts of a fused weight",
+        "ensure_weight_tying": "one adapter for weights that are tied",
+        "kasa_config": "KaSA, with a diagonal between A and B and a truncated base weight",
+        "layer_replication": "a base network with repeated layers",
+        "lora_bias": "a bias on B",
+        "monteclora_config": "MonteCLoRA, which samples A and B",
+        "target_parameters": "LoRA on parameters that belong to no linear module",
+        "trainable_token_indices": "single trained rows of an embedding",
+        "use_bdlora": "block-diagonal A and B",
+        "use_dora": "DoRA, which scales every row of the weight to a trained magnitude",
+        "use_qalora": "QALoRA, which pools the inputs in groups",
+    },
+    "PREFIX_TUNING": {},
+}
+_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base weight alone
+
+
+def config_problems(config: Mapping[str, Any]) -> list[str]:
+    """What in a configuration cannot be honoured, one line each; harmless keys that are not known are logged.
+
+    >>> config_problems({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True})
+    ["use_dora is True: that is DoRA, which scales every row of the weight to a trained magnitude, and is not here"]
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind not in _FREE_OF:
+        return [f"peft_type is {_checks.shown(kind)}, but only {' and '.join(_FREE_OF)} are read here"]
+    problems, refused = [], _REFUSED_OF[kind]
+    for key, value in config.items():
+        if key in _FREE_OF[kind]:
+            continue
+        if key == "init_lora_weights" and kind == "LORA":
+            if value not in _STARTS:
+                problems.append(
+                    f"{key} is {_short(value)}: the adapter belongs to a base weight changed at the start, which is "
+                    "not in the directory; PEFT converts it (save_pretrained, path_initial_model_for_weight_conversion)"
+                )
+        elif key == "num_transformer_submodules" and kind == "PREFIX_TUNING":
+            if value not in (None, 1):
+                problems.append(f"{key} is {value!r}: a prefix for encoder and decoder is not here")
+        elif key in refused:
+            if value:
+                problems.append(f"{key} is {_short(value)}: that is {refused[key]}, and is not here")
+        elif value is None or value is False or value in ("", [], {}):
+            _log.warning("adapter_config.json has the unknown key %r, without effect: its value is %r", key, value)
+        else:
+            problems.append(f"{key} is unknown here, so its value {_checks.shown(value)} may change the outputs")
+    if kind == "LORA":
+        problems += _lora_problems(config)
+    return problems
+
+
+def _short(value: Any) -> str:
+    return _checks.shown(value).rpartition(" (")[0]
+
+
+def _lora_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = [f"{key} is missing" for key in ("r", "lora_alpha") if config.get(key) is None]
+    if config.get("bias", "none") not in ("none", "lora_only", "all"):
+        problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(config['bias'])}")
+    for key in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(key) or {}, dict):
+            problems.append(f"{key} must be an object, but is {_checks.shown(config[key])}")
+    for key in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key) or []
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            problems.append(f"{key} must be a string or a list of strings, but is {_checks.shown(value)}")
+    for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ()), *_patterns(config)):
+        try:
+            re.compile(pattern)
+        except (re.error, TypeError) as error:
+            problems.append(f"{pattern!r} is not a regular expression: {error}")
+    return problems
+
+
+def _patterns(config: Mapping[str, Any]) -> list[str]:
+    """The regular expressions among the lists of modules."""
+    values = (config.get("target_modules"), config.get("exclude_modules"), *_list(config.get("layers_pattern")))
+    return [value for value in values if isinstance(value, str)]
+
+
+def at_end(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
+    """The entry of ``rank_pattern`` or ``alpha_pattern`` for a module.
+
+    A key is a regular expression for the whole path or for an end of it that begins after a dot. The first that
+    matches counts.
+
+    >>> at_end({"query": 4, "layer.0": 2}, "layer.0.query", 8), at_end({"layer.0": 2}, "layer.0.query", 8)
+    (4, 8)
+    """
+    return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+
+
+def named_modules(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
+    """Those of the paths that ``target_modules`` means, or None where it does not name them (``all-linear``).
+
+    A string is a regular expression for a whole path. An entry of a list is a path, or an end of one that begins after
+    a dot; with a list, ``layers_to_transform`` keeps the layers of these numbers. ``exclude_modules`` is read as
+    ``target_modules`` is.
+
+    >>> paths = ["layer.0.query", "layer.1.query", "layer.1.key"]
+    >>> sorted(named_modules({"target_modules": ["query"], "layers_to_transform": [1]}, (f"a.{p}" for p in paths)))
+    ['a.layer.1.query']
+    """
+    targets = config.get("target_modules")
+    if targets is None or targets == "all-linear":
+        return None
+    found = {path for path in paths if _names(targets, path) and not _names(config.get("exclude_modules"), path)}
+    layers = config.get("layers_to_transform")
+    if layers is None or layers == [] or isinstance(targets, str):
+        return found
+    names = "|".join(_list(config.get("layers_pattern"))) or r"[^.]*"
+    numbers = {path: re.match(rf".*\.(?:{names})\.(\d+)\.", path) for path in found}
+    return {path for path, number in numbers.items() if number and int(number[1]) in _list(layers)}
+
+
+def saved_whole(config: Mapping[str, Any], path: str) -> bool:
+    """Whether ``modules_to_save`` means this module: the end of its path, at a dot or not."""
+    return any(path.endswith(entry) for entry in _list(config.get("modules_to_save")))
+
+
+def shortest_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
+    """The smallest table from which :func:`at_end` reads these values.
+
+    >>> shortest_pattern({"a.query": 4, "b.query": 4, "b.key": 8}, 8)
+    {'query': 4}
+    """
+    longest_first = sorted(values, key=len, reverse=True)
+    last = {re.escape(path.rpartition(".")[2]): values[path] for path in longest_first}
+    whole = {path.replace(".", r"\."): values[path] for path in longest_first}
+    for table in (last, whole):
+        short = {key: value for key, value in table.items() if value != default}
+        if all(at_end(short, path, default) == value for path, value in values.items()):
+            return short
+    return whole
+
+
+def _names(patterns: str | list[str] | None, path: str) -> bool:
+    if isinstance(patterns, str):
+        return re.fullmatch(patterns, path) is not None
+    return any(path == entry or path.endswith(f".{entry}") for entry in patterns or ())
+
+
+def _list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]

@@ -1,0 +1,179 @@
+"""LoRA in PEFT's format: tensors ``base_model.model.<module>.<part>``.
+
+The parts are ``lora_A.weight`` (rank, in) and ``lora_B.weight`` (out, rank), for a convolution (rank, in, kernel) and
+(out, rank, 1), for an embedding ``lora_embedding_A`` (rank, vocabulary) and ``lora_embedding_B`` (dim, rank). The
+branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, nn
+
+from mindpet import _checks
+from mindpet.delta.lora import METHOD, LoRAConfig
+from mindpet.delta.method import DeltaConfig
+from mindpet.graph.inject import MARKER, injections
+from mindpet.interop import peft_config
+from mindpet.interop.peft_modules import Modules, fits, read_whole, trained_whole
+
+_log = logging.getLogger("mindpet")
+_LORA_PREFIX = "base_model.model."
+_LORA_TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
+
+
+def read_lora(
+    content: dict[str, Any], tensors: dict[str, np.ndarray], modules: Modules, problems: list[str]
+) -> tuple[DeltaConfig | None, dict[str, np.ndarray]]:
+    """The configuration, and the value of every parameter by its path after the injection."""
+    pairs, whole = _sorted_out(tensors, problems)
+    values: dict[str, np.ndarray] = {}
+    ranks, alphas = {}, {}
+    for module, parts in pairs.items():
+        path, cell = modules.cells.get(module, ("", None))
+        if not isinstance(cell, tuple(METHOD.adapt)):
+            what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for LoRA"
+            problems.append(f"unexpected in the file: {module} is {what}{_checks.near(module, modules.cells)}")
+            continue
+        ranks[path] = peft_config.at_end(content.get("rank_pattern"), module, content["r"])
+        alphas[path] = peft_config.at_end(content.get("alpha_pattern"), module, content["lora_alpha"])
+        shapes = _lora_shapes(cell, ranks[path])
+        problems += [f"unexpected in the file: {module}.{part}" for part in parts if part not in shapes]
+        for part, (here, shape) in shapes.items():
+            if part not in parts:
+                problems.append(f"missing in the file: {module}.{part}")
+            elif fits(f"{module}.{part}", parts[part], shape, _base_weight(cell).dtype, problems):
+                values[f"{path}.{here}"] = parts[part]
+    values.update(read_whole(whole, modules, problems, bool(content.get("fan_in_fan_out"))))
+    problems += [f"missing in the file: {name}" for name in _promised(content, pairs, whole, modules)]
+    if not pairs:
+        problems.append("there is no LoRA tensor in the file")
+    try:
+        return LoRAConfig(
+            rank=content["r"],
+            alpha=content["lora_alpha"],
+            dropout=content.get("lora_dropout") or 0.0,
+            rank_stabilised=bool(content.get("use_rslora")),
+            rank_pattern={path: rank for path, rank in ranks.items() if rank != content["r"]},
+            alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != content["lora_alpha"]},
+            targets=tuple(ranks),
+            modules_to_save=tuple(path for path in values if MARKER not in path),
+        ), values
+    except (TypeError, ValueError) as error:
+        problems.append(str(error))
+        return None, {}
+
+
+def _sorted_out(
+    tensors: dict[str, np.ndarray], problems: list[str]
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """LoRA's tensors by module and part, the others by the name that they have in the base model."""
+    pairs: dict[str, dict[str, np.ndarray]] = {}
+    whole: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(_LORA_PREFIX)
+        if name == key:
+            problems.append(f"unexpected in the file: {key}")
+        elif match := _LORA_TENSOR.fullmatch(name):
+            pairs.setdefault(match["module"], {})[match["part"]] = value
+        elif ".modules_to_save." in name:  # with bias="all" a saved head is there under its other names as well
+            whole.setdefault(name.replace(".modules_to_save.", "."), value)
+        elif ".original_module." not in name:
+            whole[name.replace(".base_layer.", ".")] = value
+    return pairs, whole
+
+
+def _base_weight(cell: nn.Cell) -> Parameter:
+    return cell.embedding_table if isinstance(cell, nn.Embedding) else cell.weight
+
+
+def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """PEFT's name of each LoRA tensor of a cell to the parameter's name here and the shape there."""
+    first, second, *kernel = _base_weight(cell).shape
+    if isinstance(cell, nn.Embedding):  # the table is (vocabulary, dim)
+        return {
+            "lora_embedding_A": ("mindpet_delta_lora_a", (rank, first)),
+            "lora_embedding_B": ("mindpet_delta_lora_b", (second, rank)),
+        }
+    kernel = kernel[1:] if isinstance(cell, nn.Conv1d) else kernel  # (out, in, 1, k) here, (out, in, k) there
+    return {
+        "lora_A.weight": ("mindpet_delta_lora_a", (rank, second, *kernel)),
+        "lora_B.weight": ("mindpet_delta_lora_b", (first, rank, *(1 for _ in kernel))),
+    }
+
+
+def _promised(
+    content: dict[str, Any], pairs: Mapping[str, Any], whole: Mapping[str, Any], modules: Modules
+) -> list[str]:
+    """What the configuration announces and the file does not hold."""
+    saved = {module for module in modules.cells if peft_config.saved_whole(content, module)}
+    able = {module for module, (_, cell) in modules.cells.items() if isinstance(cell, tuple(METHOD.adapt))} - saved
+    named = peft_config.named_modules(content, able)
+    extra = sorted(set(pairs) & able - named) if named is not None else []
+    if extra:
+        _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
+    missing = [f"{module} (LoRA)" for module in modules.cells if module in (named or ()) and module not in pairs]
+    for name in modules.parameters:
+        module, _, last = name.rpartition(".")
+        below = any(module == one or module.startswith(f"{one}.") for one in saved)
+        bias = last == "bias" and (
+            content.get("bias") == "all" or (content.get("bias") == "lora_only" and module in pairs)
+        )
+        if (name not in whole and module not in pairs and below) or (name not in whole and bias):
+            missing.append(name)
+    return missing
+
+
+def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, Parameter]]:
+    """The configuration and the tensors of every LoRA layer, injected or placed by hand."""
+    injected = {
+        path: one.config.at(path)
+        for one in injections(network)
+        for path in one.adapted
+        if isinstance(one.config, LoRAConfig)
+    }
+    adapted = {m: at for m, at in modules.cells.items() if getattr(at[1], "delta_method", None) == "lora"}
+    configs = {
+        module: injected.get(path) or LoRAConfig(rank=cell.lora_rank, alpha=cell.lora_alpha)
+        for module, (path, cell) in adapted.items()
+    }
+    bias, saved, kept = trained_whole(modules, adapted, problems)
+    tensors = {
+        f"{_LORA_PREFIX}{module}.{part}": getattr(cell, here)
+        for module, (_, cell) in adapted.items()
+        for part, (here, _) in _lora_shapes(cell, 1).items()
+    }
+    for name, parameter in kept.items():
+        module, _, last = name.rpartition(".")
+        tensors[f"{_LORA_PREFIX}{module}{'.base_layer' if module in adapted else ''}.{last}"] = parameter
+    stabilised = all(config.rank_stabilised for config in configs.values())
+    ranks = {module: config.rank for module, config in configs.items()}
+    alphas = {module: config.alpha if stabilised else config.scaled_alpha for module, config in configs.items()}
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": max(config.dropout for config in configs.values()),
+        "target_modules": _targets(list(adapted), modules),
+        "rank_pattern": peft_config.shortest_pattern(ranks, rank),
+        "alpha_pattern": peft_config.shortest_pattern(alphas, alpha),
+        "modules_to_save": saved or None,
+        "bias": bias,
+        "use_rslora": stabilised,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }, tensors
+
+
+def _targets(adapted: list[str], modules: Modules) -> list[str]:
+    """The last names, if they mean these modules and no other, else the whole paths."""
+    last = sorted({module.rpartition(".")[2] for module in adapted})
+    return last if peft_config.named_modules({"target_modules": last}, modules.cells) == set(adapted) else adapted

@@ -1,0 +1,128 @@
+"""A network by Hugging Face's names, and the parameters of it that an adapter of PEFT holds whole."""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, nn
+from mindspore import dtype as mstype
+
+from mindpet import _checks, _compat
+from mindpet.graph.inject import MARKER
+from mindpet.graph.targets import cells_by_path
+from mindpet.models.loading import hugging_face_name
+
+Names = Mapping[str, str] | Callable[[str], str]
+
+
+@dataclass(frozen=True)
+class Modules:
+    """A network by Hugging Face's names.
+
+    Attributes:
+        cells: module path to (path here, Cell).
+        parameters: tensor name to (path here, Parameter), without those that a method added.
+    """
+
+    cells: dict[str, tuple[str, nn.Cell]]
+    parameters: dict[str, tuple[str, Parameter]]
+
+    @classmethod
+    def of(cls, network: nn.Cell, names: Names | None) -> "Modules":
+        cells: dict[str, tuple[str, nn.Cell]] = {}
+        parameters: dict[str, tuple[str, Parameter]] = {}
+        for path, cell in {"": network, **cells_by_path(network)}.items():
+            if MARKER in path:
+                continue
+            module = _renamed(path, names)
+            if module in cells:
+                raise ValueError(f"'names' calls both {cells[module][0]!r} and {path!r} {module!r}.")
+            cells[module] = (path, cell)
+            for name, parameter in _compat.own_parameters(cell).items():
+                if MARKER not in name:
+                    tensor = hugging_face_name(f".{name}")[1:]
+                    parameters[f"{module}.{tensor}".strip(".")] = (f"{path}.{name}".strip("."), parameter)
+        return cls(cells, parameters)
+
+
+def _renamed(path: str, names: Names | None) -> str:
+    """The Hugging Face path of a cell; an entry of a mapping also holds for what lies below it."""
+    if names is None or not path:
+        return path
+    if not isinstance(names, Mapping):
+        return _checks.string("names", f"names({path!r})", names(path))
+    head, tail = path, ""
+    while head and head not in names:
+        head, _, last = head.rpartition(".")
+        tail = f".{last}{tail}"
+    return f"{names[head]}{tail}" if head else path
+
+
+def fits(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: Any, problems: list[str]) -> bool:
+    """Whether a tensor has that shape and stays finite in that dtype."""
+    if value.shape != tuple(shape):
+        problems.append(f"misshaped: {name} is {value.shape} in the file, {tuple(shape)} here")
+        return False
+    with np.errstate(over="ignore"):
+        held = value.astype(np.float16 if dtype == mstype.float16 else np.float32)
+    if not np.isfinite(held).all():
+        problems.append(f"{name} holds NaN or infinity" + (" in float16" if dtype == mstype.float16 else ""))
+    return True
+
+
+def read_whole(
+    whole: dict[str, np.ndarray], modules: Modules, problems: list[str], fan_in_fan_out: bool = False
+) -> dict[str, np.ndarray]:
+    """The values of parameters of the base network, by their paths here."""
+    values = {}
+    for name, value in whole.items():
+        if name not in modules.parameters:
+            problems.append(f"unexpected in the file: {name}{_checks.near(name, modules.parameters)}")
+            continue
+        path, parameter = modules.parameters[name]
+        if not fits(name, value, parameter.shape, parameter.dtype, problems):
+            continue
+        if fan_in_fan_out and value.ndim == 2 and value.shape[0] == value.shape[1]:
+            problems.append(f"{name} is square, and with fan_in_fan_out it may be transposed or not")
+        values[path] = value
+    return values
+
+
+def trained_whole(
+    modules: Modules, adapted: Collection[str], problems: list[str]
+) -> tuple[str, list[str], dict[str, Parameter]]:
+    """What trains without being a delta: PEFT's ``bias``, its ``modules_to_save``, and the parameters to write.
+
+    A module of which anything but the bias trains is saved whole. PEFT saves all biases, or those of adapted modules.
+    """
+    owned: dict[str, set[str]] = {}
+    for name in modules.parameters:
+        owned.setdefault(name.rpartition(".")[0], set()).add(name)
+    saved: list[str] = []
+    biases: set[str] = set()
+    for module, names in owned.items():
+        trains = {name for name in names if modules.parameters[name][1].requires_grad}
+        others = {name for name in trains if not _is_bias(name)}
+        if module in adapted:
+            problems += [f"{name} trains beside its LoRA: freeze it (mindpet.graph.freeze_delta)" for name in others]
+            biases |= trains
+        elif others or (trains and trains == names):
+            saved.append(module)
+        else:
+            biases |= trains
+    if "" in saved:
+        problems.append(f"{', '.join(sorted(owned['']))} belongs to no module, and PEFT saves modules")
+    owners = {name.rpartition(".")[0] for name in biases}
+    bias = "none" if not biases else "lora_only" if owners <= set(adapted) else "all"
+    kept = {name for module in saved for name in owned[module]}
+    kept |= {
+        name
+        for name in modules.parameters
+        if _is_bias(name) and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in adapted))
+    }
+    return bias, saved, {name: modules.parameters[name][1] for name in modules.parameters if name in kept}
+
+
+def _is_bias(name: str) -> bool:
+    return name.rpartition(".")[2] == "bias"
