@@ -52,6 +52,11 @@ def test_links_lead_somewhere(path):
             assert (document.parent / target).exists(), f"{path}: {target}"
 
 
+@pytest.mark.parametrize("path", ["README.md", "README.zh.md", "docs/guide.md", "docs/zh/guide.md", "docs/index.md"])
+def test_nothing_is_left_to_fill_in(path):
+    assert not re.findall(r"^[A-Z_0-9]{4,}$|TODO|TBD", (ROOT / path).read_text(), re.MULTILINE)
+
+
 def test_run_files_in_documents_and_examples_are_valid():
     from mindpet.train.config import RunConfig
 

@@ -68,6 +68,12 @@ def test_every_problem_is_in_one_message():
         ("data.holdout=1.5", "whole number of rows"),
         ("output.dir=x", "did you mean 'directory'?"),
         ("modle.path=x", "did you mean 'model'?"),
+        ("train.epochs=true", "train.epochs"),
+        ("train.learning_rate=.inf", "train.learning_rate"),
+        ("train.seed=99999999999", "train.seed"),
+        ("data.holdout=.inf", "data.holdout"),
+        ("method.targets=5", "'targets' must be a pattern or a list of them, but got 5"),
+        ("method.layers=[-1]", "'layers' must be numbers from 0 on"),
     ],
 )
 def test_a_wrong_value_is_explained(override, says):
@@ -92,3 +98,28 @@ def test_a_missing_run_file_names_its_neighbours(tmp_path):
     (tmp_path / "run.yaml").write_text("")
     with pytest.raises(RunFileError, match="near it: run.yaml"):
         load_run(tmp_path / "rum.yaml")
+
+
+def test_numbers_are_read_as_people_write_them():
+    config = load_run(None, [*NEEDED, "method.dropout=1e-1", "method.alpha=1e1", "train.learning_rate=1e-3"])
+    assert (method_config(config.method).dropout, method_config(config.method).alpha) == (0.1, 10.0)
+    assert config.train.learning_rate == 0.001
+
+
+def test_one_pattern_is_a_list_of_one():
+    config = method_config(load_run(None, [*NEEDED, "method.exclude='*.0.*'", "method.targets='*.query'"]).method)
+    assert (config.exclude, config.targets) == (("*.0.*",), ("*.query",))
+
+
+def test_a_key_that_stands_twice_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\ndata: {train: d}\ntrain:\n  epochs: 3\n  epochs: 4\n")
+    with pytest.raises(RunFileError, match="'epochs' stands twice"):
+        load_run(path)
+
+
+def test_the_names_of_methods_are_those_of_the_registry():
+    from mindpet.delta.registry import METHODS
+    from mindpet.train.config import METHOD_NAMES
+
+    assert {*METHODS, "full"} == set(METHOD_NAMES)

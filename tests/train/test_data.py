@@ -126,10 +126,51 @@ def test_an_unknown_label_does_not_count(tokenizer):
     assert encode(tokenizer, Rows(["boat"], ["?"]), ["x"], 8).columns["labels"][0] == IGNORED
 
 
-@pytest.mark.parametrize("skip", [0, 1, 2])
+@pytest.mark.parametrize("skip", [0, 1, 2, 3])
 def test_batches_follow_the_order_and_fill_up_with_rows_that_do_not_count(tokenizer, skip):
     rows = Rows(["boat", "wave", "fish", "tide", "sail"], list("abcde"))
     encoded = encode(tokenizer, rows, list("abcde"), 8)
     order = np.array([4, 2, 0, 1, 3])
     labels = [batch["labels"].asnumpy().tolist() for batch in encoded.batches(order, 2, skip)]
     assert labels == [[4, 2], [0, 1], [3, IGNORED]][skip:]
+
+
+def test_quotes_are_letters_in_a_tsv_and_quotes_in_a_csv(tmp_path):
+    tsv = _write(tmp_path / "rows.tsv", 'text\tlabel\n"Hello\t1\nworld"\t2\n')
+    assert read_rows(tsv).texts == ['"Hello', 'world"']
+    csv_file = _write(tmp_path / "rows.csv", 'text,label\n"two\nlines",1\n"open,2\nnever closed,3\n')
+    rows = read_rows(csv_file)
+    assert rows.texts == ["two\nlines"]
+    assert len(rows.broken) == 1
+    assert rows.broken[0].startswith("rows.csv, line 4: ")
+    assert "lines after it" in rows.broken[0]
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    with pytest.raises(DataError, match="two columns with the same name: text"):
+        read_rows(_write(tmp_path / "rows.csv", "text,label,text\na,1,b\n"))
+
+
+def test_labels_mean_the_same_in_every_format(tmp_path):
+    content = "".join(
+        f'{{"text": "a{i}", "label": {label}}}\n' for i, label in enumerate(["true", "1.0", '" x "', "2"])
+    )
+    assert read_rows(_write(tmp_path / "rows.jsonl", content)).labels == ["true", "1", "x", "2"]
+    assert read_rows(_write(tmp_path / "rows.csv", "text,label\na,true\nb, 1\n")).labels == ["true", "1"]
+
+
+def test_what_is_not_unicode_is_a_broken_row(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    good = '\ufeff{"text": "good \ufffd", "label": 1}\n'.encode()
+    path.write_bytes(good + b'{"text": "caf\xe9", "label": 1}\n' + rb'{"text": "bad \ud83d", "label": 1}' + b"\n")
+    rows = read_rows(path)
+    assert rows.texts == ["good \ufffd"]
+    assert ["not UTF-8" in problem for problem in rows.broken] == [True, True]
+    table = tmp_path / "rows.csv"
+    table.write_bytes(b"text,label\ngood,1\ngood too,caf\xe9\n")
+    assert "'label' is not UTF-8" in read_rows(table).broken[0]
+
+
+def test_a_number_of_absurd_length_is_a_broken_row(tmp_path):
+    path = _write(tmp_path / "rows.jsonl", '{"text": "a", "label": 1}\n{"text": ' + "9" * 5000 + ', "label": 1}\n')
+    assert len(read_rows(path).broken) == 1

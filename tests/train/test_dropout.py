@@ -1,5 +1,6 @@
 import mindspore as ms
 import numpy as np
+import pytest
 from mindspore import nn, ops
 
 from mindpet.train.dropout import DropoutKeys
@@ -87,3 +88,13 @@ def test_the_gradient_passes_where_the_value_does(mode):
     output = network(x)[0].asnumpy()
     gradient = ms.grad(network)(x).asnumpy()
     np.testing.assert_allclose(gradient, output + network(x)[1].asnumpy(), atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(600_000, 2), (3, 600_000), ((1 << 19) + 1, 3)])
+def test_a_mask_may_be_longer_than_the_pool_of_words(shape):
+    network = Two(p=0.3)
+    DropoutKeys(network, seed=3)
+    network.set_train()
+    kept = masks(network, shape)[0]
+    assert kept.shape == shape
+    assert abs(kept.mean() - 0.7) < 0.005

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -14,7 +15,15 @@ from safetensors.numpy import load_file
 from mindpet.train import run
 from mindpet.train.config import METHOD_NAMES, RunFileError, TrainSection, load_run
 from mindpet.train.data import DataError
-from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Reporter, learning_rates, read_metrics
+from mindpet.train.fit import (
+    CHECKPOINT,
+    CannotResume,
+    Diverged,
+    Interrupted,
+    Reporter,
+    learning_rates,
+    read_metrics,
+)
 from tests.tiny import overrides, sentences, write_model, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -53,7 +62,12 @@ def back_to_pynative():
 @pytest.mark.parametrize("method", METHOD_NAMES)
 @pytest.mark.usefixtures("back_to_pynative")
 def test_every_method_learns(inputs, tmp_path, method, train_mode, alpha):
-    options = ["method.reduction_factor=4"] if method == "low_rank_adapter" else []
+    small = {
+        "low_rank_adapter": "method.reduction_factor=4",
+        "prefix": "method.tokens=4",
+        "ptuning2": "method.tokens=4",
+    }
+    options = [small[method]] if method in small else []
     config = settings(
         inputs,
         tmp_path,
@@ -174,6 +188,93 @@ def test_an_interrupted_run_resumes_to_the_same_curve(inputs, tmp_path, number, 
     ours, theirs = (load_file(directory / "delta" / "delta.safetensors") for directory in (cut, whole))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+
+
+class StopAt(Reporter):
+    """Interrupts at a step, as a signal would."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, record):
+        if record["step"] == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.usefixtures("back_to_pynative")
+def test_a_run_can_be_resumed_at_every_step(inputs, tmp_path, at):
+    """Uneven batches, accumulated in pairs, an evaluation every second step, and early stopping at step six."""
+    more = (
+        "train.mode=pynative",
+        "train.batch_size=11",
+        "train.accumulate=2",
+        "train.epochs=4",
+        "train.evaluate_every=2",
+    )
+    config = settings(inputs, tmp_path, *more, "train.early_stopping=2", "train.learning_rate=1e-9")
+    with pytest.raises(Interrupted, match="--resume"):
+        run.finetune(config, StopAt(at))
+    report = run.finetune(config, resume=True)
+    whole = settings(inputs, tmp_path / "whole", *more, "train.early_stopping=2", "train.learning_rate=1e-9")
+    expected = run.finetune(whole)
+    assert (report["step"], report["after"]) == (expected["step"], expected["after"])
+    assert losses(tmp_path) == losses(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_changed_data_is_noticed_on_resume(inputs, tmp_path):
+    model, _ = inputs
+    rows = write_rows(tmp_path / "rows.jsonl", sentences(60))
+    config = load_run(None, overrides(model, rows, tmp_path / "out", "train.mode=pynative"))
+    with pytest.raises(Interrupted):
+        run.finetune(config, StopAt(2))
+    write_rows(rows, sentences(60, seed=5))
+    with pytest.raises(CannotResume, match="data has changed"):
+        run.finetune(config, resume=True)
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_starting_anew_leaves_nothing_of_the_old_run(inputs, tmp_path):
+    config = settings(inputs, tmp_path, "train.max_steps=2", "train.mode=pynative")
+    run.finetune(config)
+    with pytest.raises(Interrupted):
+        run.finetune(config, StopAt(1), overwrite=True)
+    with pytest.raises(RunFileError, match="no delta yet"):
+        run.infer(tmp_path, ["boat"])
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_a_run_can_be_used_from_anywhere(inputs, tmp_path, monkeypatch):
+    model, rows = inputs
+    monkeypatch.chdir(model.parent)
+    relative = overrides(model.relative_to(model.parent), rows.relative_to(model.parent), tmp_path / "out")
+    run.finetune(load_run(None, [*relative, "train.max_steps=2", "train.mode=pynative"]))
+    monkeypatch.chdir("/")
+    assert run.infer(tmp_path / "out", ["boat"])
+    other = write_rows(tmp_path / "one.jsonl", sentences(1))
+    scores, _ = run.evaluate(tmp_path / "out", [f"data.test={other}", "data.train=gone"])
+    assert scores.rows == 1
+    strange = write_rows(tmp_path / "strange.jsonl", [{"text": "a", "label": "nowhere"}])
+    with pytest.raises(DataError, match="No held-out row has a known label"):
+        run.evaluate(tmp_path / "out", [f"data.test={strange}"])
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_pairs_of_texts_are_trained_on_and_used(inputs, tmp_path):
+    model, _ = inputs
+    rows = [{**row, "second": "the old"} for row in sentences(30)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    more = ("data.text_pair=second", "train.max_steps=2", "train.mode=pynative")
+    run.finetune(load_run(None, overrides(model, path, tmp_path / "out", *more)))
+    assert run.infer(tmp_path / "out", ["boat\tthe old"])
+    with pytest.raises(DataError, match="put a tab between"):
+        run.infer(tmp_path / "out", ["boat"])
+
+
+def test_texts_longer_than_the_model_are_refused(inputs, tmp_path):
+    with pytest.raises(RunFileError, match="has 32 positions"):
+        run.finetune(settings(inputs, tmp_path, "data.max_length=64"))
 
 
 @pytest.mark.usefixtures("back_to_pynative")

@@ -8,8 +8,7 @@ were trained whole, under the names that they have in the base model.
 from pathlib import Path
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn
-from mindspore import dtype as mstype
+from mindspore import Tensor, nn
 
 from mindpet import _checks, _files
 from mindpet.graph.freeze_utils import names_of_parameters
@@ -72,7 +71,9 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
         raise _misfit(directory, [str(error)]) from error
     parameters = {name: parameter for parameter, known in names_of_parameters(network) for name in known}
     for path, value in values.items():
-        parameters[path].set_data(Tensor(np.ascontiguousarray(value)).astype(parameters[path].dtype))
+        parameter = parameters[path]
+        value = np.ascontiguousarray(value.reshape(parameter.shape))
+        parameter.set_data(Tensor(value).astype(parameter.dtype))
     return network
 
 
@@ -103,6 +104,7 @@ def save_peft(
         PeftFormatError: nothing that PEFT has was injected, or something that it has not as well.
 
     >>> import tempfile
+    >>> from mindpet.delta import LoRAConfig
     >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["0"]))
     >>> with tempfile.TemporaryDirectory() as directory:
     ...     save_peft(network, directory)
@@ -132,8 +134,7 @@ def save_peft(
     ):
         task_type = "SEQ_CLS"
     content |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
-    arrays = {name: _array(value) for name, value in tensors.items()}
-    _files.write_tensors(Path(directory) / "adapter_model.safetensors", arrays, {"format": "pt"})
+    _files.write_tensors(Path(directory) / "adapter_model.safetensors", tensors, {"format": "pt"})
     _files.write_json(Path(directory) / "adapter_config.json", dict(sorted(content.items())))
 
 
@@ -151,8 +152,3 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         return _read_file(path)
     except PretrainedFilesError as error:
         raise PeftFormatError(str(error)) from error
-
-
-def _array(value: Parameter | Tensor) -> np.ndarray:
-    """The numbers; bfloat16 is widened to float32, which NumPy has."""
-    return (value.astype(mstype.float32) if value.dtype == mstype.bfloat16 else value).asnumpy()

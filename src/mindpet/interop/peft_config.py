@@ -51,7 +51,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     """What in a configuration cannot be honoured, one line each; harmless keys that are not known are logged.
 
     >>> config_problems({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True})
-    ["use_dora is True: that is DoRA, which scales every row of the weight to a trained magnitude, and is not here"]
+    ['use_dora is True: that is DoRA, which scales every row of the weight to a trained magnitude, and is not here']
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind not in _FREE_OF:
@@ -151,19 +151,23 @@ def saved_whole(config: Mapping[str, Any], path: str) -> bool:
 
 
 def shortest_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The smallest table from which :func:`at_end` reads these values.
+    """The smallest table from which :func:`at_end` reads these values, in whatever order: PEFT sorts it.
 
     >>> shortest_pattern({"a.query": 4, "b.query": 4, "b.key": 8}, 8)
     {'query': 4}
     """
-    longest_first = sorted(values, key=len, reverse=True)
-    last = {re.escape(path.rpartition(".")[2]): values[path] for path in longest_first}
-    whole = {path.replace(".", r"\."): values[path] for path in longest_first}
-    for table in (last, whole):
+    last = {path.rpartition(".")[2]: value for path, value in values.items()}
+    for table in (last, values):
         short = {key: value for key, value in table.items() if value != default}
-        if all(at_end(short, path, default) == value for path, value in values.items()):
+        if all(_meant(short, path, default) == {value} for path, value in values.items()):
             return short
-    return whole
+    return {f"^{re.escape(path)}": value for path, value in values.items() if value != default}
+
+
+def _meant(table: Mapping[str, Any], path: str, default: Any) -> set[Any]:
+    return {at_end({key: value}, path, value) for key, value in table.items() if at_end({key: True}, path, False)} or {
+        default
+    }
 
 
 def _names(patterns: str | list[str] | None, path: str) -> bool:

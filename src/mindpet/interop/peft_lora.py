@@ -19,7 +19,7 @@ from mindpet.delta.lora import METHOD, LoRAConfig
 from mindpet.delta.method import DeltaConfig
 from mindpet.graph.inject import MARKER, injections
 from mindpet.interop import peft_config
-from mindpet.interop.peft_modules import Modules, fits, read_whole, trained_whole
+from mindpet.interop.peft_modules import Modules, as_array, fits, read_whole, shape_there, trained_whole
 
 _log = logging.getLogger("mindpet")
 _LORA_PREFIX = "base_model.model."
@@ -93,13 +93,12 @@ def _base_weight(cell: nn.Cell) -> Parameter:
 
 def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
     """PEFT's name of each LoRA tensor of a cell to the parameter's name here and the shape there."""
-    first, second, *kernel = _base_weight(cell).shape
+    first, second, *kernel = shape_there(cell, _base_weight(cell).shape)
     if isinstance(cell, nn.Embedding):  # the table is (vocabulary, dim)
         return {
             "lora_embedding_A": ("mindpet_delta_lora_a", (rank, first)),
             "lora_embedding_B": ("mindpet_delta_lora_b", (second, rank)),
         }
-    kernel = kernel[1:] if isinstance(cell, nn.Conv1d) else kernel  # (out, in, 1, k) here, (out, in, k) there
     return {
         "lora_A.weight": ("mindpet_delta_lora_a", (rank, second, *kernel)),
         "lora_B.weight": ("mindpet_delta_lora_b", (first, rank, *(1 for _ in kernel))),
@@ -128,7 +127,7 @@ def _promised(
     return missing
 
 
-def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, Parameter]]:
+def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration and the tensors of every LoRA layer, injected or placed by hand."""
     injected = {
         path: one.config.at(path)
@@ -143,13 +142,13 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
     }
     bias, saved, kept = trained_whole(modules, adapted, problems)
     tensors = {
-        f"{_LORA_PREFIX}{module}.{part}": getattr(cell, here)
+        f"{_LORA_PREFIX}{module}.{part}": as_array(cell, getattr(cell, here))
         for module, (_, cell) in adapted.items()
         for part, (here, _) in _lora_shapes(cell, 1).items()
     }
-    for name, parameter in kept.items():
+    for name, value in kept.items():
         module, _, last = name.rpartition(".")
-        tensors[f"{_LORA_PREFIX}{module}{'.base_layer' if module in adapted else ''}.{last}"] = parameter
+        tensors[f"{_LORA_PREFIX}{module}{'.base_layer' if module in adapted else ''}.{last}"] = value
     stabilised = all(config.rank_stabilised for config in configs.values())
     ranks = {module: config.rank for module, config in configs.items()}
     alphas = {module: config.alpha if stabilised else config.scaled_alpha for module, config in configs.items()}

@@ -59,6 +59,17 @@ def _renamed(path: str, names: Names | None) -> str:
     return f"{names[head]}{tail}" if head else path
 
 
+def shape_there(cell: nn.Cell, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that a parameter of this cell has in torch: kernels of Conv1d have an axis of 1 more here."""
+    return (*shape[:2], *shape[3:]) if isinstance(cell, nn.Conv1d) and len(shape) == 4 else tuple(shape)
+
+
+def as_array(cell: nn.Cell, parameter: Parameter) -> np.ndarray:
+    """The numbers in torch's shape; bfloat16 is widened to float32, which NumPy has."""
+    value = parameter.astype(mstype.float32) if parameter.dtype == mstype.bfloat16 else parameter
+    return value.asnumpy().reshape(shape_there(cell, parameter.shape))
+
+
 def fits(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: Any, problems: list[str]) -> bool:
     """Whether a tensor has that shape and stays finite in that dtype."""
     if value.shape != tuple(shape):
@@ -81,7 +92,8 @@ def read_whole(
             problems.append(f"unexpected in the file: {name}{_checks.near(name, modules.parameters)}")
             continue
         path, parameter = modules.parameters[name]
-        if not fits(name, value, parameter.shape, parameter.dtype, problems):
+        cell = modules.cells[name.rpartition(".")[0]][1]
+        if not fits(name, value, shape_there(cell, parameter.shape), parameter.dtype, problems):
             continue
         if fan_in_fan_out and value.ndim == 2 and value.shape[0] == value.shape[1]:
             problems.append(f"{name} is square, and with fan_in_fan_out it may be transposed or not")
@@ -91,8 +103,8 @@ def read_whole(
 
 def trained_whole(
     modules: Modules, adapted: Collection[str], problems: list[str]
-) -> tuple[str, list[str], dict[str, Parameter]]:
-    """What trains without being a delta: PEFT's ``bias``, its ``modules_to_save``, and the parameters to write.
+) -> tuple[str, list[str], dict[str, np.ndarray]]:
+    """What trains without being a delta: PEFT's ``bias``, its ``modules_to_save``, and the tensors to write.
 
     A module of which anything but the bias trains is saved whole. PEFT saves all biases, or those of adapted modules.
     """
@@ -121,7 +133,8 @@ def trained_whole(
         for name in modules.parameters
         if _is_bias(name) and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in adapted))
     }
-    return bias, saved, {name: modules.parameters[name][1] for name in modules.parameters if name in kept}
+    cells = {name: modules.cells[name.rpartition(".")[0]][1] for name in kept}
+    return bias, saved, {name: as_array(cells[name], modules.parameters[name][1]) for name in kept}
 
 
 def _is_bias(name: str) -> bool:

@@ -8,7 +8,6 @@ import logging
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor
 from mindspore import dtype as mstype
 
 from mindpet.delta.method import DeltaConfig
@@ -55,7 +54,7 @@ def read_prefix(
     return config, values
 
 
-def write_prefix(modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, Parameter | Tensor]]:
+def write_prefix(modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration, and the prompts as one table, whatever they come out of."""
     slots = [
         cell for _, cell in modules.cells.values() if isinstance(cell, PrefixSlot) and hasattr(cell, "delta_method")
@@ -71,8 +70,8 @@ def write_prefix(modules: Modules, problems: list[str]) -> tuple[dict[str, Any],
     prompts = [part.asnumpy() for pair in slot.set_train(False)() for part in pair]  # (tokens, heads, head_dim) each
     slot.set_train(training)
     table = np.stack(prompts, axis=1)  # (tokens, layers * 2, heads, head_dim)
-    tensors: dict[str, Parameter | Tensor] = {_PROMPTS: Tensor(table.reshape((table.shape[0], -1)))}
-    tensors |= {f"{_PREFIX_PREFIX}{name}": parameter for name, parameter in kept.items()}
+    tensors = {_PROMPTS: table.reshape((table.shape[0], -1))}
+    tensors |= {f"{_PREFIX_PREFIX}{name}": value for name, value in kept.items()}
     return {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": table.shape[0],

@@ -85,9 +85,11 @@ def check_lengths(config: RunConfig, tokenizer: Any) -> None:
         DataError: the tokenizer has more words than the model.
     """
     sizes = BertConfig.from_json(Path(config.model.path) / "config.json")
-    if config.data.max_length > sizes.max_position_embeddings:
+    prefix = 0 if config.method.name == "full" else getattr(method_config(config.method), "tokens", 0)
+    if config.data.max_length + prefix > sizes.max_position_embeddings:
+        after = f" after a prefix of {prefix} tokens" if prefix else ""
         raise RunFileError(
-            f"data.max_length is {config.data.max_length}, but the model in {config.model.path} has "
+            f"data.max_length is {config.data.max_length}{after}, but the model in {config.model.path} has "
             f"{sizes.max_position_embeddings} positions."
         )
     if tokenizer.get_vocab_size() > sizes.vocab_size:
