@@ -418,10 +418,26 @@ def test_ints_of_numpy_are_ints(value):
     assert adapter_home.AdapterLayer(value).hidden_size == 3
 
 
-def test_bfloat16_is_a_dtype_but_not_one_that_a_cpu_multiplies_in():
-    assert lora_home.LoRADense(2, 2, 1, 1, param_init_type=ms.bfloat16).weight.dtype == ms.bfloat16
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: lora_home.LoRADense(4, 4, 1, 1, compute_dtype=ms.bfloat16),
+        lambda: adapter_home.AdapterDense(4, 4, compute_dtype=ms.bfloat16),
+        lambda: adapter_home.AdapterLayer(4, compute_dtype=ms.bfloat16),
+        lambda: adapter_home.LowRankAdapterDense(4, 4, compute_dtype=ms.bfloat16),
+        lambda: adapter_home.LowRankAdapterLayer(4, compute_dtype=ms.bfloat16),
+    ],
+)
+def test_bfloat16_is_accepted_and_a_cpu_says_that_it_cannot_multiply_in_it(mode, make):
+    layer = make()
     with pytest.raises(TypeError, match="no bfloat16 matrix product on a CPU"):
-        lora_home.LoRADense(2, 2, 1, 1, compute_dtype=ms.bfloat16)
+        layer(ops.ones((2, 4)))
+
+
+def test_parameters_may_be_kept_in_bfloat16():
+    layer = lora_home.LoRADense(2, 2, 1, 1, param_init_type=ms.bfloat16, compute_dtype=ms.float32)
+    assert layer.weight.dtype == ms.bfloat16
+    assert layer(ops.ones((3, 2))).shape == (3, 2)
 
 
 def test_a_relative_directory_is_not_made(tmp_path, monkeypatch):
