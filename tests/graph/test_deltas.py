@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from mindpet import AdapterConfig, LoRAConfig, inject, load_delta, save_delta
 from mindpet.delta import LoRADense
-from mindpet.graph import DeltaFileError, combine, use
+from mindpet.graph import DeltaFileError, MixedDeltas, combine, use
 from mindpet.graph.deltas import read_delta, write_delta
 
 
@@ -100,10 +100,15 @@ def test_another_base_is_noticed(tmp_path, kind):
     assert type(other[0]) is nn.Dense
 
 
-def saved(directory, base, seed, rank=2, alpha=16, modules=("2",)):
-    """A delta of its own over the same base."""
+def network_with(base):
     cell = network()
     ms.load_param_into_net(cell, {name: ms.Parameter(value, name=name) for name, value in base.items()})
+    return cell
+
+
+def saved(directory, base, seed, rank=2, alpha=16, modules=("2",)):
+    """A delta of its own over the same base."""
+    cell = network_with(base)
     inject(cell, LoRAConfig(rank=rank, alpha=alpha, targets=["0"], modules_to_save=list(modules)))
     generator = np.random.default_rng(seed)
     for parameter in cell.trainable_params():
@@ -126,6 +131,35 @@ def test_several_deltas_take_turns_on_one_network(mode, tmp_path, rng):
         np.testing.assert_allclose(use(cell, name)(x).asnumpy(), alone[name], atol=1e-5)
     with pytest.raises(ValueError, match="did you mean 'narrow'"):
         use(cell, "narow")
+
+
+def test_rows_of_one_batch_use_different_deltas(mode, tmp_path, rng):
+    cell = network()
+    base = {p.name: p.value() for p in cell.get_parameters()}
+    x = rng.standard_normal((5, 3, 6)).astype(np.float32)
+    alone = {None: network_with(base)(Tensor(x)).asnumpy()}
+    for seed, (name, rank) in enumerate([("a", 4), ("b", 2)]):
+        alone[name] = saved(tmp_path / name, base, seed, rank)(Tensor(x)).asnumpy()
+        load_delta(cell, tmp_path / name, name=name)
+    before = cell(Tensor(x)).asnumpy()
+    with MixedDeltas(cell) as mixed:
+        for names in (["a", "b", None, "b", "a"], ["b", "b", "a", None, "a"], ["a", None]):
+            together = mixed(names, Tensor(x[: len(names)])).asnumpy()
+            for row, name in enumerate(names):
+                np.testing.assert_allclose(together[row], alone[name][row], atol=1e-5)
+        with pytest.raises(ValueError, match="No delta is called 'c'"):
+            mixed(["c"], Tensor(x[:1]))
+    np.testing.assert_array_equal(cell(Tensor(x)).asnumpy(), before)
+
+
+def test_only_lora_and_heads_can_be_mixed(tmp_path):
+    cell = inject(network(), AdapterConfig(size=2, targets=["0"]))
+    with pytest.raises(ValueError, match="No delta is loaded"):
+        MixedDeltas(cell)
+    save_delta(cell, tmp_path)
+    load_delta(cell, tmp_path)
+    with pytest.raises(ValueError, match="rows can only be mixed for LoRA"):
+        MixedDeltas(cell)
 
 
 def test_switching_keeps_what_was_trained_since(tmp_path, rng):

@@ -6,10 +6,12 @@ from mindpet.graph.deltas import DeltaFileError, load_delta, loaded_deltas, save
 from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_modules
 from mindpet.graph.inject import disable, eject, inject, replace_cell, target_report
 from mindpet.graph.merge import merge, merge_and_eject, unmerge
+from mindpet.graph.mixed import MixedDeltas
 from mindpet.graph.targets import find_targets
 
 __all__ = [
     "DeltaFileError",
+    "MixedDeltas",
     "TrainableParamsCheckPoint",
     "combine",
     "disable",
