@@ -3,8 +3,11 @@ import subprocess
 import sys
 import time
 
+import mindspore as ms
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 from mindpet.cli.app import app
@@ -144,9 +147,83 @@ def test_help_and_version_do_not_import_mindspore():
 
 
 @pytest.mark.parametrize(
-    "command", [["finetune"], ["evaluate"], ["infer"], ["config", "init"], ["config", "show"], ["config", "validate"]]
+    "command",
+    [
+        ["finetune"],
+        ["evaluate"],
+        ["infer"],
+        ["inspect"],
+        ["methods"],
+        ["merge"],
+        ["export"],
+        ["import"],
+        ["config", "init"],
+        ["config", "show"],
+        ["config", "validate"],
+    ],
 )
 def test_every_command_has_help_with_an_example(command):
     code, output = invoke(*command, "--help")
     assert code == 0
     assert "Examples:" in output
+
+
+def test_inspect_takes_a_run_file_a_directory_and_a_factory(tuned, tmp_path, monkeypatch):
+    directory, _, _ = tuned
+    code, output = invoke("inspect", directory / "run.yaml")
+    assert code == 0, output
+    report = json.loads((directory / "report.json").read_text())
+    assert "bert.encoder.layer.1.attention.self.value" in output
+    assert "bert.encoder.layer.0.intermediate.dense" in output
+    model = yaml.safe_load((directory / "run.yaml").read_text())["model"]["path"]
+    code, output = invoke("inspect", model, "method.name=adapter", "method.size=4")
+    assert code == 0, output
+    assert "AdapterDense" in output
+    (tmp_path / "my_networks.py").write_text(
+        "from mindspore import nn\n\ndef build():\n    return nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 2))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("inspect", "my_networks:build", "method.targets=['0']", "method.rank=1")
+    assert code == 0, output
+    assert "8 of 38 parameters" in output
+    for wrong in ("nothing", "my_networks:other", "no_module:build"):
+        assert invoke("inspect", wrong)[0] == 2
+    assert report["parameters"]["total"] > 0
+
+
+def test_methods_lists_the_registry():
+    from mindpet.delta import METHODS
+
+    code, output = invoke("methods")
+    assert code == 0
+    assert all(name in output for name in METHODS)
+
+
+def test_merge_writes_a_model_that_gives_the_same_probabilities(tuned, tmp_path):
+    from mindpet.models import BertForSequenceClassification
+    from mindpet.train import run
+
+    directory, _, _ = tuned
+    code, output = invoke("merge", directory, tmp_path / "merged")
+    assert code == 0, output
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["id2label"]["1"] == "sea"
+    _, tuned_network, labels = run.load_tuned(directory)
+    merged, report = BertForSequenceClassification.from_pretrained(tmp_path / "merged", len(labels), "mean")
+    assert not report.missing
+    merged.set_train(False)
+    rows = [ms.Tensor([[2, 14, 15, 3]], ms.int32), ms.Tensor([[1, 1, 1, 1]], ms.int32), ms.Tensor([[0] * 4], ms.int32)]
+    np.testing.assert_allclose(merged(*rows).asnumpy(), tuned_network(*rows).asnumpy(), atol=1e-5)
+    assert invoke("merge", directory, tmp_path / "merged")[0] == 2
+
+
+def test_export_and_import_are_inverse(tuned, tmp_path):
+    directory, _, _ = tuned
+    model = yaml.safe_load((directory / "run.yaml").read_text())["model"]["path"]
+    code, output = invoke("export", directory, tmp_path / "adapter")
+    assert code == 0, output
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    code, output = invoke("import", tmp_path / "adapter", tmp_path / "delta", "--model", model)
+    assert code == 0, output
+    ours, theirs = (load_file(folder / "delta.safetensors") for folder in (directory / "delta", tmp_path / "delta"))
+    assert ours.keys() == theirs.keys()
+    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())

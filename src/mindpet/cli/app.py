@@ -153,6 +153,94 @@ def infer(
             print_predictions(Screen().console, lines, predictions)
 
 
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="A run file, a directory of weights, or package.module:factory.")],
+    overrides: Overrides = None,
+) -> None:
+    """Show what a method would adapt, how much would train, and what memory that takes. Nothing is trained.
+
+    Examples:
+      mindpet inspect run.yaml
+
+      mindpet inspect models/minilm method.name=adapter
+
+      mindpet inspect mypackage.networks:build method.targets="['*.dense']"
+    """
+    with _readable_errors():
+        from mindpet.cli.screen import Screen, print_inspection
+        from mindpet.train.artifacts import inspect as look
+
+        print_inspection(Screen().console, look(source, overrides))
+
+
+@app.command()
+def methods() -> None:
+    """List the methods: what each adapts, its options, whether it merges, its usual learning rate.
+
+    Examples:
+      mindpet methods
+    """
+    with _readable_errors():
+        from mindpet.cli.screen import Screen, print_rows
+        from mindpet.train.artifacts import methods_table
+
+        print_rows(Screen().console, methods_table())
+
+
+@app.command()
+def merge(
+    directory: RunDirectory,
+    target: Annotated[Path, typer.Argument(help="Directory for the merged model.")],
+) -> None:
+    """Write the model of a finished run with the delta folded into its weights.
+
+    Examples:
+      mindpet merge runs/latest models/headlines
+    """
+    with _readable_errors():
+        from mindpet.train.artifacts import merge_run
+
+        merge_run(directory, target)
+        typer.echo(f"Wrote {target}: config.json, model.safetensors and the tokenizer, as on Hugging Face.")
+
+
+@app.command()
+def export(
+    directory: RunDirectory,
+    target: Annotated[Path, typer.Argument(help="Directory for the adapter.")],
+) -> None:
+    """Write the delta of a finished run as an adapter for Hugging Face PEFT.
+
+    Examples:
+      mindpet export runs/latest adapters/headlines
+    """
+    with _readable_errors():
+        from mindpet.train.artifacts import export_run
+
+        export_run(directory, target)
+        typer.echo(f"Wrote {target}. In PyTorch: PeftModel.from_pretrained(model, {str(target)!r})")
+
+
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Directory of a Hugging Face PEFT adapter.")],
+    target: Annotated[Path, typer.Argument(help="Directory for the delta.")],
+    model: Annotated[str, typer.Option(help="Directory of the base model.")],
+    labels: Annotated[Optional[int], typer.Option(help="Classes of the head; the adapter's own by default.")] = None,  # noqa: UP045
+) -> None:
+    """Read an adapter of Hugging Face PEFT and write it as a delta for mindpet.load_delta.
+
+    Examples:
+      mindpet import adapters/theirs deltas/theirs --model models/minilm
+    """
+    with _readable_errors():
+        from mindpet.train.artifacts import import_adapter
+
+        found = import_adapter(adapter, model, target, labels)
+        typer.echo(f"Wrote {target}: {found.method} on {len(found.adapted)} cells, {found.trainable:,} parameters.")
+
+
 @config_app.command("init")
 def config_init(
     path: Annotated[Path, typer.Argument(help="Where to write it.")] = Path("run.yaml"),

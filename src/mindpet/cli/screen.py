@@ -12,6 +12,7 @@ from rich.text import Text
 from mindpet.train.fit import Reporter
 
 if TYPE_CHECKING:
+    from mindpet.train.artifacts import Inspection
     from mindpet.train.metrics import Scores
 
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
@@ -131,6 +132,39 @@ def print_predictions(console: Console, texts: list[str], predictions: list[dict
         following = f"{others[0][0]} {others[0][1]:.1%}" if others else ""
         table.add_row(Text(text), Text(label), f"{chance:.1%}", Text(following))
     console.print(table)
+
+
+def print_inspection(console: Console, found: "Inspection", most: int = 12) -> None:
+    """What would be adapted, what would train, and what is left."""
+    table = Table("adapted cell", "becomes")
+    for path, words in list(found.adapted.items())[:most]:
+        table.add_row(Text(path), Text(words))
+    if len(found.adapted) > most:
+        table.add_row(f"and {len(found.adapted) - most} more", "")
+    if found.adapted:
+        console.print(table)
+    facts = Table.grid(padding=(0, 2))
+    facts.add_row("method", Text(found.method))
+    facts.add_row("trains", f"{found.trainable:,} of {found.total:,} parameters ({found.trainable / found.total:.2%})")
+    facts.add_row("also trained", Text(_listed(list(found.trained))))
+    facts.add_row("weights", _size(found.bytes_of_weights))
+    facts.add_row("gradients and Adam", _size(found.bytes_of_training))
+    facts.add_row("dense layers left", Text(_listed(found.left)))
+    console.print(facts)
+
+
+def print_rows(console: Console, rows: list[dict[str, str]]) -> None:
+    """A table of dictionaries with the same keys."""
+    table = Table(show_lines=True)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, no_wrap=number == 0)
+    for row in rows:
+        table.add_row(*(Text(value) for value in row.values()))
+    console.print(table)
+
+
+def _listed(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "") or "none"
 
 
 def _size(count: int) -> str:

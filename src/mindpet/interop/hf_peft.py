@@ -127,11 +127,8 @@ def save_peft(
         raise PeftFormatError(f"A directory of PEFT holds LoRA or a prefix, but this network has {there}.")
     if problems:
         raise PeftFormatError("This network cannot be saved for PEFT:\n  " + "\n  ".join(problems))
-    if (
-        task_type is None
-        and content["peft_type"] == "PREFIX_TUNING"
-        and {"classifier", "score"} & {*content["modules_to_save"]}
-    ):
+    heads = {"classifier", "score"} & set(content["modules_to_save"] or ())
+    if task_type is None and content["peft_type"] == "PREFIX_TUNING" and heads:
         task_type = "SEQ_CLS"
     content |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     _files.write_tensors(Path(directory) / "adapter_model.safetensors", tensors, {"format": "pt"})

@@ -8,7 +8,7 @@ branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_r
 import logging
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from mindpet.delta.lora import METHOD, LoRAConfig
 from mindpet.delta.method import DeltaConfig
 from mindpet.graph.inject import MARKER, injections
 from mindpet.interop import peft_config
-from mindpet.interop.peft_modules import Modules, as_array, fits, read_whole, shape_there, trained_whole
+from mindpet.interop.peft_modules import Modules, as_array, fits, missing_whole, read_whole, shape_there, trained_whole
 
 _log = logging.getLogger("mindpet")
 _LORA_PREFIX = "base_model.model."
@@ -49,7 +49,7 @@ def read_lora(
             elif fits(f"{module}.{part}", parts[part], shape, _base_weight(cell).dtype, problems):
                 values[f"{path}.{here}"] = parts[part]
     values.update(read_whole(whole, modules, problems, bool(content.get("fan_in_fan_out"))))
-    problems += [f"missing in the file: {name}" for name in _promised(content, pairs, whole, modules)]
+    problems += _promised(content, pairs, modules) + missing_whole(content, whole, pairs, modules)
     if not pairs:
         problems.append("there is no LoRA tensor in the file")
     try:
@@ -105,26 +105,20 @@ def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ..
     }
 
 
-def _promised(
-    content: dict[str, Any], pairs: Mapping[str, Any], whole: Mapping[str, Any], modules: Modules
-) -> list[str]:
-    """What the configuration announces and the file does not hold."""
-    saved = {module for module in modules.cells if peft_config.saved_whole(content, module)}
-    able = {module for module, (_, cell) in modules.cells.items() if isinstance(cell, tuple(METHOD.adapt))} - saved
+def _promised(content: dict[str, Any], pairs: Collection[str], modules: Modules) -> list[str]:
+    """The modules that the configuration targets and the file does not hold; the reverse is only logged."""
+    able = {
+        module
+        for module, (_, cell) in modules.cells.items()
+        if isinstance(cell, tuple(METHOD.adapt)) and not peft_config.saved_whole(content, module)
+    }
     named = peft_config.named_modules(content, able)
-    extra = sorted(set(pairs) & able - named) if named is not None else []
+    if named is None:
+        return []
+    extra = sorted(set(pairs) & able - named)
     if extra:
         _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
-    missing = [f"{module} (LoRA)" for module in modules.cells if module in (named or ()) and module not in pairs]
-    for name in modules.parameters:
-        module, _, last = name.rpartition(".")
-        below = any(module == one or module.startswith(f"{one}.") for one in saved)
-        bias = last == "bias" and (
-            content.get("bias") == "all" or (content.get("bias") == "lora_only" and module in pairs)
-        )
-        if (name not in whole and module not in pairs and below) or (name not in whole and bias):
-            missing.append(name)
-    return missing
+    return [f"missing in the file: LoRA of {module}" for module in modules.cells if module in named - set(pairs)]
 
 
 def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:

@@ -11,6 +11,7 @@ from mindspore import dtype as mstype
 from mindpet import _checks, _compat
 from mindpet.graph.inject import MARKER
 from mindpet.graph.targets import cells_by_path
+from mindpet.interop.peft_config import saved_whole
 from mindpet.models.loading import hugging_face_name
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -99,6 +100,21 @@ def read_whole(
             problems.append(f"{name} is square, and with fan_in_fan_out it may be transposed or not")
         values[path] = value
     return values
+
+
+def missing_whole(
+    content: Mapping[str, Any], whole: Collection[str], adapted: Collection[str], modules: Modules
+) -> list[str]:
+    """The parameters that ``modules_to_save`` and ``bias`` announce and the file does not hold."""
+    saved = {module for module in modules.cells if saved_whole(content, module)}
+    missing = []
+    for name in modules.parameters:
+        module = name.rpartition(".")[0]
+        below = module not in adapted and any(f"{module}.".startswith(f"{one}.") for one in saved)
+        bias = content.get("bias") == "all" or (content.get("bias") == "lora_only" and module in adapted)
+        if name not in whole and (below or (bias and _is_bias(name))):
+            missing.append(f"missing in the file: {name}")
+    return missing
 
 
 def trained_whole(

@@ -13,7 +13,7 @@ from mindspore import dtype as mstype
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.ptuning2 import PTuning2Config
-from mindpet.interop.peft_modules import Modules, fits, read_whole, trained_whole
+from mindpet.interop.peft_modules import Modules, fits, missing_whole, read_whole, trained_whole
 
 _log = logging.getLogger("mindpet")
 _PREFIX_PREFIX = "base_model."
@@ -26,6 +26,7 @@ def read_prefix(
     """As :func:`~mindpet.interop.peft_lora.read_lora`. The table has the layout of P-tuning v2's here."""
     whole = {name.removeprefix(_PREFIX_PREFIX): value for name, value in tensors.items() if name != _PROMPTS}
     values = read_whole(whole, modules, problems)
+    problems += missing_whole(content, whole, (), modules)
     slots = [(path, cell) for path, cell in modules.cells.values() if isinstance(cell, PrefixSlot)]
     if len(slots) != 1:
         problems.append(f"this network has {len(slots)} cells PrefixSlot to put a prefix into, and must have one")

@@ -144,3 +144,9 @@ def load_tensors(
             value = Tensor(np.ascontiguousarray(values[parameter.name]))
             parameter.set_data(value.astype(parameter.dtype))
     return report
+
+
+def save_tensors(network: nn.Cell, directory: Path) -> None:
+    """Write the parameters of `network` as ``model.safetensors`` under Hugging Face's names."""
+    tensors = {hugging_face_name(parameter.name): parameter.asnumpy() for parameter in network.get_parameters()}
+    _files.write_tensors(Path(directory) / "model.safetensors", tensors, {"format": "pt"})

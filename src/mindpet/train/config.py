@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -150,11 +151,39 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None) -> Run
         RunFileError: with every problem: a file that is not there or not YAML, unknown keys with near names, values of
             the wrong kind, an override that is not ``section.key=value``.
     """
+    content = _read(Path(path)) if path is not None else {}
+    problems: list[str] = []
+    _apply_overrides(content, overrides or (), problems)
+    try:
+        config = RunConfig.model_validate(content)
+    except ValidationError as error:
+        problems += [_in_words(entry) for entry in error.errors()]
+    if not problems:
+        problems = method_problems(config.method)
+    if problems:
+        where = f" in {path}" if path else ""
+        raise RunFileError(
+            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}{where}:\n  " + "\n  ".join(problems)
+        )
+    return config
+
+
+def read_overrides(overrides: list[str]) -> dict[str, Any]:
+    """``section.key=value`` words as sections of a run file.
+
+    Raises:
+        RunFileError: a word is not of that form.
+    """
     content: dict[str, Any] = {}
     problems: list[str] = []
-    if path is not None:
-        content = _read(Path(path))
-    for override in overrides or ():
+    _apply_overrides(content, overrides, problems)
+    if problems:
+        raise RunFileError("\n".join(problems))
+    return content
+
+
+def _apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
+    for override in overrides:
         key, equals, value = override.partition("=")
         parts = key.strip().split(".")
         if not equals or len(parts) != 2 or not all(parts):
@@ -169,18 +198,6 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None) -> Run
             problems.append(f"{parts[0]} is not a section")
             continue
         section[parts[1]] = parsed
-    try:
-        config = RunConfig.model_validate(content)
-    except ValidationError as error:
-        problems += [_in_words(entry) for entry in error.errors()]
-    if not problems:
-        problems = method_problems(config.method)
-    if problems:
-        where = f" in {path}" if path else ""
-        raise RunFileError(
-            f"{len(problems)} problem{'s' if len(problems) > 1 else ''}{where}:\n  " + "\n  ".join(problems)
-        )
-    return config
 
 
 def method_problems(section: MethodSection) -> list[str]:

@@ -1,0 +1,202 @@
+"""What can be done around a run: look at a network before tuning it, and take the result elsewhere."""
+
+import dataclasses
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from mindspore import nn
+
+from mindpet import _checks, _files
+from mindpet.delta.registry import METHODS, method_of
+from mindpet.graph.deltas import save_delta
+from mindpet.graph.inject import inject, injections
+from mindpet.graph.merge import merge_and_eject
+from mindpet.interop.hf_peft import load_peft, save_peft
+from mindpet.models.bert import BertForSequenceClassification
+from mindpet.models.loading import save_tensors
+from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
+from mindpet.train.run import load_tuned
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What tuning a network would mean.
+
+    Attributes:
+        method: name of the method.
+        adapted: path of each adapted cell to a word on it.
+        trained: what else trains: path to number of parameters.
+        trainable: parameters that train.
+        total: all parameters, the delta included.
+        bytes_of_weights: of all parameters.
+        bytes_of_training: of gradients and Adam's two moments of what trains.
+        left: path of each dense layer that is not adapted.
+    """
+
+    method: str
+    adapted: dict[str, str]
+    trained: dict[str, int]
+    trainable: int
+    total: int
+    bytes_of_weights: int
+    bytes_of_training: int
+    left: list[str]
+
+
+def open_network(source: str, labels: int = 2) -> nn.Cell:
+    """A network from a directory of pre-trained weights, or from ``package.module:factory``, which is called.
+
+    Raises:
+        RunFileError: neither; the module or the factory is not there, or gives no Cell.
+    """
+    if os.path.isdir(source):
+        return BertForSequenceClassification.from_pretrained(source, labels)[0]
+    module, colon, factory = source.partition(":")
+    if not colon or not factory.isidentifier():
+        raise RunFileError(f"{source!r} is neither a run file, nor a directory, nor package.module:factory.")
+    sys.path.insert(0, os.getcwd())
+    try:
+        network = getattr(import_module(module), factory)()
+    except (ImportError, AttributeError) as error:
+        raise RunFileError(f"{source!r} cannot be called: {error}") from error
+    finally:
+        sys.path.remove(os.getcwd())
+    if not isinstance(network, nn.Cell):
+        raise RunFileError(f"{source!r} gives {_checks.shown(network)}, not a mindspore.nn.Cell.")
+    return network
+
+
+def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
+    """What a run file's method, or that of ``method.KEY=VALUE`` overrides, would do to a network.
+
+    Args:
+        source: a run file, a directory of weights, or ``package.module:factory``.
+        overrides: as for a run; without a run file only the section ``method`` matters.
+    """
+    if source.endswith((".yaml", ".yml")):
+        config = load_run(source, overrides)
+        network, section = open_network(config.model.path), config.method
+        heads = ["classifier"]
+    else:
+        section = MethodSection.model_validate(read_overrides(overrides or []).get("method", {}))
+        network = open_network(source)
+        heads = ["classifier"] if os.path.isdir(source) else []
+    dense = [path for path, cell in _dense_layers(network).items()]
+    if section.name != "full":
+        given = section.options.get("modules_to_save") or []
+        inject(network, method_config(section, modules_to_save=[*dict.fromkeys([*given, *heads])]))
+    adapted = {path: repr(cell).split("\n")[0] for one in injections(network) for path, cell in one.adapted.items()}
+    parameters = list(network.get_parameters())
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    return Inspection(
+        method=section.name,
+        adapted=adapted,
+        trained={p.name: p.size for p in trained if not any(p.name.startswith(f"{path}.") for path in adapted)},
+        trainable=sum(p.size for p in trained),
+        total=sum(p.size for p in parameters),
+        bytes_of_weights=sum(p.size * p.itemsize for p in parameters),
+        bytes_of_training=sum(3 * p.size * p.itemsize for p in trained),
+        left=[path for path in dense if path not in adapted and not path.startswith(tuple(heads) or "\0")],
+    )
+
+
+def merge_run(directory: str | Path, target: str | Path) -> None:
+    """The model of a finished run with the delta in its weights, as a directory in Hugging Face's layout.
+
+    Raises:
+        RunFileError: not a finished run; `target` holds a model already.
+        ValueError: the run's method cannot merge.
+    """
+    target = Path(target)
+    if (target / "model.safetensors").exists():
+        raise RunFileError(f"{target} holds a model already: choose another directory.")
+    config, network, labels = load_tuned(directory)
+    if config.method.name != "full":
+        merge_and_eject(network)
+    target.mkdir(parents=True, exist_ok=True)
+    source = Path(config.model.path)
+    content = _files.read_json(source / "config.json")
+    names = {str(index): label for index, label in enumerate(labels)}
+    head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}}
+    _files.write_json(target / "config.json", {**content, "architectures": [type(network).__name__], **head})
+    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+    save_tensors(network, target)
+
+
+def export_run(directory: str | Path, target: str | Path) -> None:
+    """The delta of a finished run as a directory that Hugging Face PEFT loads."""
+    config, network, _ = load_tuned(directory)
+    save_peft(network, target, base_model=config.model.path, task_type="SEQ_CLS")
+
+
+def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: int | None = None) -> Inspection:
+    """An adapter of Hugging Face PEFT on a model directory, saved as a delta of ours.
+
+    Args:
+        adapter: directory with ``adapter_config.json``.
+        model: directory of the base model.
+        target: directory to write the delta to.
+        labels: classes of the head; those of the adapter's own head when None.
+    """
+    network = open_network(model, labels or _labels_of(Path(adapter)))
+    load_peft(network, adapter)
+    save_delta(network, target)
+    config = injections(network)[0].config
+    adapted = {path: repr(cell) for one in injections(network) for path, cell in one.adapted.items()}
+    trained = list(network.trainable_params())
+    return Inspection(
+        method_of(config).name,
+        adapted,
+        {},
+        sum(p.size for p in trained),
+        sum(p.size for p in network.get_parameters()),
+        0,
+        0,
+        [],
+    )
+
+
+def methods_table() -> list[dict[str, str]]:
+    """One row for each method of the registry, for people to choose from."""
+    rows = []
+    for method in METHODS.values():
+        known = {entry.name for entry in dataclasses.fields(method.config)} - _SHARED
+        adapts = ", ".join(kind.__name__ for kind in method.adapt) or "nothing: it selects"
+        merges = any(hasattr(getattr(make, "__self__", None), "delta_weight") for make in method.adapt.values())
+        rows.append(
+            {
+                "name": method.name,
+                "adapts": adapts,
+                "options": ", ".join(sorted(known)),
+                "merges": "yes" if merges else "no",
+                "learning rate": f"{method.learning_rate:g}",
+                "paper": method.paper,
+            }
+        )
+    return rows
+
+
+_SHARED = {"targets", "exclude", "layers", "modules_to_save"}
+
+
+def _dense_layers(network: nn.Cell) -> dict[str, nn.Cell]:
+    return {path: cell for path, cell in network.cells_and_names() if path and isinstance(cell, nn.Dense)}
+
+
+def _labels_of(adapter: Path) -> int:
+    """Rows of the head that the adapter holds, or 2."""
+    from safetensors import safe_open
+
+    path = adapter / "adapter_model.safetensors"
+    if path.is_file():
+        with safe_open(path, framework="np") as file:
+            for name in file.keys():  # noqa: SIM118
+                if name.endswith("classifier.weight"):
+                    return file.get_slice(name).get_shape()[0]
+    return 2
