@@ -6,7 +6,7 @@ FETCHED := $(VENV)/.fetched
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEADLINES ?= examples/headlines.txt
 
-.PHONY: help install fetch quickstart test interop lint format docs bench clean
+.PHONY: help install fetch quickstart test interop mindformers lint format docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -42,6 +42,13 @@ test: $(FETCHED)  ## run all tests, in PyNative and in graph mode
 interop: $(FETCHED)  ## run the tests against torch and transformers, which are installed first
 	@$(PIP) -c constraints.txt -e '.[dev,interop]'
 	$(BIN)/python -m pytest -m interop $(ARGS)
+
+mindformers: $(FETCHED)  ## run MindFormers' own LoRA adapter on this package; installs it without its dependencies
+	@$(PIP) -c constraints.txt 'datasets>=4,<6' 'pyarrow>=19,<26' 'pandas>=2.2,<3' 'deprecated>=1.2,<2' \
+	    'jieba>=0.42.1,<0.43' 'nltk>=3.9.1,<4' 'regex>=2024,<2027' 'requests>=2.31,<3' 'rouge-chinese>=1.0.3,<2' \
+	    'sentencepiece>=0.2,<0.3' 'tensorboardX>=2.6,<3' 'tiktoken>=0.9,<1'
+	@$(PIP) --no-deps mindformers==1.9.0
+	$(BIN)/python -m pytest tests/mindformers -rs $(ARGS)
 
 lint: $(INSTALLED)  ## check style and types
 	$(BIN)/ruff check .

@@ -21,7 +21,7 @@ def without_comments(code):
     return [re.sub(r"\s*#.*", "", line) for line in code.splitlines() if not line.strip().startswith("#")]
 
 
-@pytest.mark.parametrize("path", [english for english, _ in PAIRS])
+@pytest.mark.parametrize("path", [*(english for english, _ in PAIRS), "docs/add-a-method.md"])
 def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     header = f"import mindspore as ms\nms.set_context(mode=ms.{mode.upper()}_MODE)\n"
     script = tmp_path / "document.py"

@@ -9,16 +9,27 @@ from typing import TYPE_CHECKING, Any
 __version__ = "1.1.0"
 
 _HOMES = {
-    "LoRAConfig": "mindpet.delta",
     "AdapterConfig": "mindpet.delta",
-    "LowRankAdapterConfig": "mindpet.delta",
     "BitFitConfig": "mindpet.delta",
-    "PrefixConfig": "mindpet.delta",
-    "PTuning2Config": "mindpet.delta",
+    "LoRAConfig": "mindpet.delta",
+    "LowRankAdapterConfig": "mindpet.delta",
     "METHODS": "mindpet.delta",
+    "MixedDeltas": "mindpet.graph",
+    "PTuning2Config": "mindpet.delta",
+    "PrefixConfig": "mindpet.delta",
+    "combine": "mindpet.graph",
+    "disable": "mindpet.graph",
+    "eject": "mindpet.graph",
     "inject": "mindpet.graph",
-    "save_delta": "mindpet.graph",
     "load_delta": "mindpet.graph",
+    "load_peft": "mindpet.interop.hf_peft",
+    "merge": "mindpet.graph",
+    "merge_and_eject": "mindpet.graph",
+    "save_delta": "mindpet.graph",
+    "save_peft": "mindpet.interop.hf_peft",
+    "targets": "mindpet.graph",
+    "unmerge": "mindpet.graph",
+    "use": "mindpet.graph",
 }
 
 __all__ = ["__version__", *_HOMES]
@@ -33,13 +44,31 @@ if TYPE_CHECKING:
         PrefixConfig,
         PTuning2Config,
     )
-    from mindpet.graph import inject, load_delta, save_delta  # type: ignore[no-redef]  # noqa: F401
+    from mindpet.graph import (  # type: ignore[no-redef]  # noqa: F401
+        MixedDeltas,
+        combine,
+        disable,
+        eject,
+        inject,
+        load_delta,
+        merge,
+        merge_and_eject,
+        save_delta,
+        unmerge,
+        use,
+    )
+    from mindpet.graph import find_targets as targets  # noqa: F401
+    from mindpet.interop.hf_peft import load_peft, save_peft  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'mindpet' has no attribute {name!r}")
+    if name == "targets":  # the dry run of inject, under the shorter name
+        name, home = "find_targets", _HOMES[name]
+    elif name in _HOMES:
+        home = _HOMES[name]
+    else:
+        raise AttributeError(f"module 'mindpet' has no attribute {name!r}")
+    return getattr(import_module(home), name)
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 import logging
 
+import mindspore as ms
 import pytest
 from mindspore import nn
 
@@ -289,3 +290,10 @@ def test_the_functions_are_where_the_document_says():
     assert freeze_utils.freeze_modules is freeze_modules
     assert freeze_utils.freeze_delta is freeze_delta
     assert freeze_utils.freeze_from_config is freeze_from_config
+
+
+def test_a_parameter_that_has_no_gradient_stays_frozen():
+    cell = nn.SequentialCell(LoRADense(4, 4, 2, 4))
+    cell[0].mindpet_delta_lora_index = ms.Parameter(ms.Tensor([0, 1], ms.int64), name="mindpet_delta_lora_index")
+    freeze_delta(cell, "lora")
+    assert {p.name.rpartition("_")[2] for p in cell.trainable_params()} == {"a", "b"}

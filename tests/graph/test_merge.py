@@ -98,6 +98,16 @@ def test_layers_placed_by_hand_merge_as_well(mode, rng):
     assert cell[0] is layer
 
 
+def test_a_weight_kept_the_other_way_round_merges(mode, rng):
+    layer = LoRADense(5, 5, 2, 4, lora_b_init="normal", compute_dtype=ms.float32)
+    layer.matmul = ms.ops.MatMul(transpose_b=False)
+    cell = nn.SequentialCell(layer)
+    x = Tensor(rng.standard_normal((4, 5)).astype(np.float32))
+    expected = cell(x).asnumpy()
+    merge(cell)
+    np.testing.assert_allclose(cell(x).asnumpy(), expected, atol=1e-5)
+
+
 def test_float16_weights_merge(rng):
     cell = network().to_float(ms.float16)
     for parameter in cell.get_parameters():

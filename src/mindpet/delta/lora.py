@@ -165,13 +165,15 @@ class LoRADense(ComputeDense):
         return self.shaped_like(out, x)
 
     def delta_weight(self) -> Tensor:
-        """What the branch adds to W: ``alpha / rank * B A``, shape ``(out, in)``, in the dtype of B."""
-        a, b = self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
-        return (
-            ops.matmul(b.astype(mstype.float32), a.astype(mstype.float32))
-            .mul(self.lora_alpha / self.lora_rank)
-            .astype(b.dtype)
-        )
+        """What the branch adds to W: ``alpha / rank * B A``, in the shape of W and the dtype of B.
+
+        W is ``(out, in)``, or ``(in, out)`` where another toolkit has put in a product that does not transpose it.
+        """
+        a, b = (p.astype(mstype.float32) for p in (self.mindpet_delta_lora_a, self.mindpet_delta_lora_b))
+        delta = ops.matmul(b, a) * (self.lora_alpha / self.lora_rank)
+        if not getattr(self.matmul, "transpose_b", True):
+            delta = delta.transpose((1, 0))
+        return delta.astype(self.mindpet_delta_lora_b.dtype)
 
     def shard(
         self,

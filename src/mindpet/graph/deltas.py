@@ -16,7 +16,7 @@ from mindspore import Parameter, Tensor, load_checkpoint, nn
 from mindpet import _checks, _files
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_named, method_of
-from mindpet.graph.inject import eject, inject, injections
+from mindpet.graph.inject import MARKER, eject, inject, injections
 from mindpet.graph.merge import merged_cells
 
 FORMAT = 1
@@ -30,7 +30,7 @@ class DeltaFileError(ValueError):
 
 
 def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = False) -> None:
-    """Write the trainable parameters, and how to inject them again.
+    """Write the parameters of what was injected, and what else trains, and how to inject them again.
 
     Args:
         network: with its delta, not merged.
@@ -45,7 +45,7 @@ def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = Fal
     _checks.cell("save_delta", "network", network)
     if merged_cells(network):
         raise ValueError("The deltas of this network are merged into its weights: unmerge them to save them.")
-    tensors = {parameter.name: parameter.asnumpy() for parameter in network.trainable_params()}
+    tensors = {parameter.name: parameter.asnumpy() for parameter in delta_parameters(network)}
     if not tensors:
         raise ValueError("Nothing in this network trains, so there is no delta to save.")
     methods = []
@@ -61,6 +61,12 @@ def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = Fal
         "base_hash": _hash_of(base) if hash_weights else None,
     }
     write_delta(directory, description, tensors)
+
+
+def delta_parameters(network: nn.Cell) -> list[Parameter]:
+    """What makes up the delta of a network: what was injected, frozen or not, and whatever else trains."""
+    whole = {id(parameter) for one in injections(network) for parameter, _ in one.values}
+    return [p for p in network.get_parameters() if p.requires_grad or id(p) in whole or MARKER in p.name]
 
 
 def write_delta(directory: str | Path, description: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
@@ -166,7 +172,7 @@ def loaded_deltas(network: nn.Cell) -> dict[str, dict[str, np.ndarray]]:
     record = vars(network).get(_RECORD, {"all": {}, "current": None})
     deltas = dict(record["all"])
     if record["current"] is not None:
-        deltas[record["current"]] = {p.name: p.asnumpy().copy() for p in network.trainable_params()}
+        deltas[record["current"]] = {p.name: p.asnumpy().copy() for p in delta_parameters(network)}
     return deltas
 
 
@@ -191,7 +197,7 @@ def _misfits(network: nn.Cell, tensors: dict[str, np.ndarray], complete: bool) -
         if name in parameters and tuple(parameters[name].shape) != value.shape
     ]
     if complete:
-        problems += [f"not in the file: {p.name}" for p in network.trainable_params() if p.name not in tensors]
+        problems += [f"not in the file: {p.name}" for p in delta_parameters(network) if p.name not in tensors]
     return problems
 
 
@@ -221,7 +227,8 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
 
 
 def _base_of(network: nn.Cell) -> dict[str, Parameter]:
-    return {p.name: p for p in network.get_parameters() if not p.requires_grad and OURS not in p.name}
+    delta = {id(parameter) for parameter in delta_parameters(network)}
+    return {p.name: p for p in network.get_parameters() if id(p) not in delta and OURS not in p.name}
 
 
 def _hash_of(parameters: dict[str, Parameter]) -> str:

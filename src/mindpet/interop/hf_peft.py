@@ -19,7 +19,7 @@ from mindpet.interop.peft_config import config_problems
 from mindpet.interop.peft_lora import read_lora, write_lora
 from mindpet.interop.peft_modules import Modules, Names
 from mindpet.interop.peft_prefix import read_prefix, write_prefix
-from mindpet.models.loading import PretrainedFilesError, _read_file
+from mindpet.models.loading import PretrainedFilesError, read_safetensors
 
 
 class PeftFormatError(ValueError):
@@ -146,6 +146,6 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
         hint = "; pickled weights (adapter_model.bin) are not read: save them as safetensors" if pickled else ""
         raise PeftFormatError(f"There is no file {path}{hint}.")
     try:
-        return _read_file(path)
+        return read_safetensors(path)
     except PretrainedFilesError as error:
         raise PeftFormatError(str(error)) from error

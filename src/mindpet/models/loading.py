@@ -68,11 +68,16 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
             raise PretrainedFilesError(
                 f"There is no {name} in {directory} (it has: {', '.join(there) or 'nothing'}){hint}."
             )
-        tensors.update(_read_file(directory / name))
+        tensors.update(read_safetensors(directory / name))
     return tensors
 
 
-def _read_file(path: Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    """Every tensor of one file; bfloat16 is widened to float32, which NumPy has.
+
+    Raises:
+        PretrainedFilesError: it cannot be read.
+    """
     from safetensors import SafetensorError, deserialize
     from safetensors.numpy import load_file
 

@@ -1,0 +1,110 @@
+"""Make tests/golden/peft anew: adapters that Hugging Face PEFT trained and wrote, for a BERT of a few hundred weights.
+
+Run it with the extra 'interop' installed: PYTHONHASHSEED=0 python tests/golden/make_peft.py
+
+``base/`` is the BERT, ``expected.json`` has the inputs, and for each case the logits that PEFT computes. The directory
+of each case has the two files as PEFT wrote them (0.21.2, with torch 2.13 and transformers 5.24).
+"""
+
+import inspect
+import json
+import shutil
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+HERE = Path(__file__).parent / "peft"
+SIZES = {
+    "vocab_size": 11,
+    "hidden_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 8,
+    "max_position_embeddings": 12,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.4,
+    "num_labels": 3,
+}
+LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
+CASES = {
+    "query_value": LORA,
+    "all_linear": {**LORA, "target_modules": "all-linear"},
+    "rslora": {**LORA, "use_rslora": True},
+    "patterns": {**LORA, "rank_pattern": {"0.attention.self.query": 3}, "alpha_pattern": {r"layer\.1\..*\.value": 7}},
+    "bias_lora_only": {**LORA, "bias": "lora_only"},
+    "bias_all": {**LORA, "bias": "all"},
+    "modules_to_save": {**LORA, "task_type": None, "modules_to_save": ["pooler", "0.output.LayerNorm"]},
+    "embeddings": {**LORA, "target_modules": ["word_embeddings", "key"]},
+    "layers": {**LORA, "layers_to_transform": [1], "layers_pattern": "layer", "exclude_modules": ["self.value"]},
+    "prefix": {"num_virtual_tokens": 3, "task_type": "SEQ_CLS"},
+    "prefix_projection": {
+        "num_virtual_tokens": 3,
+        "task_type": "SEQ_CLS",
+        "prefix_projection": True,
+        "encoder_hidden_size": 4,
+    },
+    "dora": {**LORA, "use_dora": True},
+}
+INPUTS = {
+    "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]],
+    "attention_mask": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]],
+    "token_type_ids": [[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0]],
+}
+
+
+def base():
+    """The same BERT every time, of no name and no place."""
+    torch.manual_seed(1)
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
+    backbone = model.bert.forward
+    if "past_key_values" not in inspect.signature(backbone).parameters:  # newer transformers call it `cache`
+        model.bert.forward = lambda *given, past_key_values=None, **more: backbone(
+            *given, cache=past_key_values, **more
+        )
+        model.bert.forward.__signature__ = inspect.Signature(
+            [inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY)]
+        )
+    return model.eval()
+
+
+def tuned(options):
+    """Four steps of Adam with PEFT."""
+    torch.manual_seed(2)
+    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in options else peft.LoraConfig
+    model = peft.get_peft_model(base(), kind(**options))
+    optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(**tensors(), labels=torch.tensor([0, 2])).loss.backward()
+        optimizer.step()
+    return model.eval()
+
+
+def tensors():
+    return {name: torch.tensor(rows) for name, rows in INPUTS.items()}
+
+
+@torch.no_grad()
+def logits_of(model):
+    return model(**tensors()).logits.tolist()
+
+
+def main():
+    shutil.rmtree(HERE, ignore_errors=True)
+    base().save_pretrained(HERE / "base")
+    logits = {"base": logits_of(base())}
+    for case, options in CASES.items():
+        model = tuned(options)
+        model.save_pretrained(HERE / case)
+        (HERE / case / "README.md").unlink()  # an empty model card
+        logits[case] = logits_of(model)
+    for file in HERE.rglob("*.safetensors"):
+        file.chmod(0o644)
+    (HERE / "expected.json").write_text(json.dumps({"inputs": INPUTS, "logits": logits}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,367 @@
+"""Directories that Hugging Face PEFT wrote (tests/golden/make_peft.py), read without torch; and all that is refused."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+from safetensors.numpy import load_file, save_file
+
+from mindpet import AdapterConfig, BitFitConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
+from mindpet.delta import LoRADense
+from mindpet.graph import eject, freeze_delta, merge
+from mindpet.interop import PeftFormatError, load_peft, save_peft
+from mindpet.models import BertForSequenceClassification
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
+EXPECTED = json.loads((GOLDEN / "expected.json").read_text())
+CASES = [case for case in EXPECTED["logits"] if case not in ("base", "dora")]
+QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
+
+
+def network(**changes):
+    return BertForSequenceClassification.from_pretrained(GOLDEN / "base", num_labels=3, **changes)[0].set_train(False)
+
+
+def logits(cell):
+    return cell(*(Tensor(np.array(rows, np.int32)) for rows in EXPECTED["inputs"].values())).asnumpy()
+
+
+def tensors(directory):
+    return load_file(directory / "adapter_model.safetensors")
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """A copy of a golden directory with other keys in its configuration and other tensors."""
+
+    def edit(case="query_value", config=(), change=lambda tensors: tensors):
+        directory = tmp_path / "edited"
+        shutil.copytree(GOLDEN / case, directory)
+        content = json.loads((directory / "adapter_config.json").read_text())
+        (directory / "adapter_config.json").write_text(json.dumps({**content, **dict(config)}))
+        save_file(change(tensors(directory)), directory / "adapter_model.safetensors", {"format": "pt"})
+        return directory
+
+    return edit
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_those_of_peft(mode, case):
+    np.testing.assert_allclose(logits(load_peft(network(), GOLDEN / case)), EXPECTED["logits"][case], atol=1e-4)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_eject_takes_out_what_was_read(case):
+    cell = load_peft(network(), GOLDEN / case)
+    assert np.abs(logits(cell) - EXPECTED["logits"]["base"]).max() > 0.1
+    np.testing.assert_array_equal(logits(eject(cell)), logits(network()))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_was_read_is_written_bit_for_bit(tmp_path, case):
+    save_peft(load_peft(network(), GOLDEN / case), tmp_path, base_model="tiny", task_type="SEQ_CLS")
+    before, after = tensors(GOLDEN / case), tensors(tmp_path)
+    for name, value in after.items():
+        np.testing.assert_array_equal(value, before[name], err_msg=name)
+    assert all(".modules_to_save." in name or ".original_module." in name for name in before.keys() - after.keys())
+    theirs, ours = (json.loads((path / "adapter_config.json").read_text()) for path in (GOLDEN / case, tmp_path))
+    assert ours.keys() <= theirs.keys()
+    for key in (
+        "peft_type",
+        "r",
+        "lora_alpha",
+        "bias",
+        "use_rslora",
+        "num_virtual_tokens",
+        "token_dim",
+    ):
+        assert ours.get(key) == theirs.get(key), key
+    assert (ours["base_model_name_or_path"], ours["task_type"]) == ("tiny", "SEQ_CLS")
+    again = load_peft(network(), tmp_path)
+    np.testing.assert_array_equal(logits(again), logits(load_peft(network(), GOLDEN / case)))
+
+
+def test_what_trained_goes_on_training():
+    cell = load_peft(network(), GOLDEN / "bias_lora_only")
+    names = {parameter.name for parameter in cell.trainable_params()}
+    assert len(names) == 4 * 3 + 2  # A, B and a bias of four modules, the head
+    assert "bert.encoder.layer.1.attention.self.value.bias" in names
+    assert "classifier.weight" in names
+
+
+def test_short_names_are_written_where_they_are_enough(tmp_path):
+    config = LoRAConfig(rank=4, alpha=8, targets=["*.query", "*.value"], rank_pattern={"*.query": 2, "*.1.*.value": 3})
+    save_peft(inject(network(), config), tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["target_modules"] == ["query", "value"]
+    assert (content["r"], content["lora_alpha"], content["alpha_pattern"]) == (2, 8, {})
+    assert content["rank_pattern"] == {
+        "bert.encoder.layer.0.attention.self.value": 4,
+        "bert.encoder.layer.1.attention.self.value": 3,
+    }
+
+
+def test_a_pattern_never_means_a_module_whose_name_only_ends_alike(tmp_path):
+    def build():
+        return nn.SequentialCell([nn.SequentialCell([nn.Dense(3, 3)]), nn.Dense(3, 3)])
+
+    names = {"0.0": "body.x", "1": "x"}
+    save_peft(inject(build(), LoRAConfig(rank=2, targets=["0.0", "1"], rank_pattern={"1": 1})), tmp_path, names=names)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["rank_pattern"] == {"^x": 1}
+    back = load_peft(build(), tmp_path, names=names)
+    assert [back[0][0].lora_rank, back[1].lora_rank] == [2, 1]
+
+
+def test_layers_placed_by_hand_are_written(tmp_path, rng):
+    cell = nn.SequentialCell(LoRADense(4, 3, lora_rank=2, lora_alpha=5, lora_b_init="normal", compute_dtype=ms.float32))
+    with pytest.raises(PeftFormatError, match=r"0\.weight trains beside its LoRA"):
+        save_peft(cell, tmp_path)
+    freeze_delta(cell, "lora")
+    save_peft(cell, tmp_path)
+    other = nn.SequentialCell(nn.Dense(4, 3))
+    other[0].weight.set_data(cell[0].weight)
+    other[0].bias.set_data(cell[0].bias)
+    x = Tensor(rng.standard_normal((2, 4)).astype(np.float32))
+    np.testing.assert_array_equal(load_peft(other, tmp_path)(x).asnumpy(), cell(x).asnumpy())
+
+
+def test_a_float16_network_keeps_its_dtype():
+    cell = network()
+    for parameter in cell.get_parameters():
+        parameter.set_dtype(ms.float16)
+    load_peft(cell, GOLDEN / "query_value")
+    assert {parameter.dtype for parameter in cell.get_parameters()} == {ms.float16}
+
+
+def test_numbers_that_float16_cannot_hold_are_refused(edited):
+    directory = edited(change=lambda tensors: {name: value * 1e6 for name, value in tensors.items()})
+    cell = network()
+    for parameter in cell.get_parameters():
+        parameter.set_dtype(ms.float16)
+    with pytest.raises(PeftFormatError, match="holds NaN or infinity in float16"):
+        load_peft(cell, directory)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"use_dora": True}, "use_dora is True: that is DoRA"),
+        ({"lora_bias": True}, "lora_bias is True: that is a bias on B"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "repeated layers"),
+        ({"trainable_token_indices": [3]}, "single trained rows"),
+        ({"target_parameters": ["pooler.dense.weight"]}, "target_parameters is"),
+        ({"alora_invocation_tokens": [1]}, "Activated LoRA"),
+        ({"use_qalora": True}, "QALoRA"),
+        ({"use_bdlora": {"nblocks": 2}}, "block-diagonal"),
+        ({"kasa_config": {"beta": 1e-4}}, "KaSA"),
+        ({"monteclora_config": {"num_samples": 2}}, "MonteCLoRA"),
+        ({"arrow_config": {"top_k": 3}}, "routing"),
+        ({"ensure_weight_tying": True}, "weights that are tied"),
+        ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': the adapter belongs to a base weight changed"),
+        ({"init_lora_weights": "olora"}, "base weight changed"),
+        ({"use_next_year": True}, "use_next_year is unknown here, so its value True"),
+        ({"next_year_size": 16}, "next_year_size is unknown"),
+        ({"peft_type": "ADALORA"}, "peft_type is 'ADALORA'.*only LORA and PREFIX_TUNING"),
+        ({"peft_type": None}, "peft_type is None"),
+        ({"r": None}, "r is missing"),
+        ({"r": "2"}, "'rank' must be a positive int"),
+        ({"lora_alpha": 0}, "'alpha' must be finite and not 0"),
+        ({"lora_dropout": 1.5}, "'dropout' must be in"),
+        ({"bias": "some"}, "bias must be 'none', 'lora_only' or 'all'"),
+        ({"rank_pattern": [1]}, "rank_pattern must be an object"),
+        ({"target_modules": "(query"}, "is not a regular expression"),
+        ({"target_modules": [1]}, "must be a string or a list of strings"),
+        ({"rank_pattern": {"query": 4}}, r"misshaped: .*query.lora_A.weight is \(2, 8\) in the file, \(4, 8\) here"),
+        ({"target_modules": ["query", "value", "key"]}, "missing in the file: LoRA of .*layer.1.attention.self.key"),
+        ({"modules_to_save": ["pooler"]}, "missing in the file: bert.pooler.dense.weight"),
+        ({"bias": "lora_only"}, "missing in the file: bert.encoder.layer.0.attention.self.query.bias"),
+        ({"bias": "all"}, "missing in the file: bert.embeddings.LayerNorm.bias"),
+    ],
+    ids=lambda value: next(iter(value.items())) if isinstance(value, dict) else "",
+)
+def test_configurations_that_are_refused(edited, config, says):
+    cell = network()
+    before = {parameter.name for parameter in cell.get_parameters()}
+    with pytest.raises(PeftFormatError, match=says):
+        load_peft(cell, edited(config=config))
+    assert {parameter.name for parameter in cell.get_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"num_virtual_tokens": 4}, r"prompt_embeddings is \(3, 32\) in the file, \(4, 32\) here"),
+        ({"num_virtual_tokens": None}, "num_virtual_tokens"),
+        ({"num_layers": 3}, "num_layers is 3 in the configuration, 2 here"),
+        ({"num_transformer_submodules": 2}, "encoder and decoder"),
+        ({"next_year_size": 16}, "next_year_size is unknown"),
+    ],
+)
+def test_prefix_configurations_that_are_refused(edited, config, says):
+    with pytest.raises(PeftFormatError, match=says):
+        load_peft(network(), edited("prefix", config))
+
+
+def test_a_prefix_without_the_head_that_was_trained_with_it_is_refused(edited):
+    def change(tensors):
+        return {"prompt_embeddings": tensors["prompt_embeddings"]}
+
+    with pytest.raises(PeftFormatError, match="missing in the file: classifier.weight"):
+        load_peft(network(), edited("prefix", change=change))
+
+
+def test_a_prefix_alone_is_written_and_read(tmp_path):
+    save_peft(inject(network(), PTuning2Config(tokens=2)), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
+    assert list(tensors(tmp_path)) == ["prompt_embeddings"]
+    load_peft(network(), tmp_path)
+
+
+def test_a_real_dora_adapter_is_refused_with_the_reason():
+    with pytest.raises(PeftFormatError, match="DoRA, which scales every row"):
+        load_peft(network(), GOLDEN / "dora")
+
+
+def test_keys_without_effect_are_accepted_and_unknown_ones_reported(edited, caplog):
+    config = {
+        "lora_ga_config": {"scale": "stable"},
+        "init_lora_weights": "gaussian",
+        "next_year": None,
+        "use_new": False,
+    }
+    with caplog.at_level(logging.WARNING, "mindpet"):
+        cell = load_peft(network(), edited(config=config))
+    np.testing.assert_allclose(logits(cell), EXPECTED["logits"]["query_value"], atol=1e-4)
+    assert [key for key in (*config, "r") if repr(key) in caplog.text] == ["next_year", "use_new"]
+
+
+def test_the_file_decides_which_modules_there_are_and_a_contradiction_is_reported(edited, caplog):
+    with caplog.at_level(logging.WARNING, "mindpet"):
+        cell = load_peft(network(), edited(config={"target_modules": ["query"]}))
+    assert "target_modules does not mean these modules" in caplog.text
+    np.testing.assert_allclose(logits(cell), EXPECTED["logits"]["query_value"], atol=1e-4)
+
+
+def test_a_projection_is_reported(caplog):
+    with caplog.at_level(logging.WARNING, "mindpet"):
+        load_peft(network(), GOLDEN / "prefix_projection")
+    assert "training cannot go on through the projection" in caplog.text
+
+
+def test_every_misfit_is_in_one_message(edited):
+    def change(tensors):
+        tensors[f"{QUERY}.lora_A.weight"] = np.zeros((2, 7), np.float32)
+        tensors[f"{QUERY.replace('query', 'qeury')}.lora_A.weight"] = np.zeros((2, 8), np.float32)
+        tensors["base_model.model.bert.encoder.layer.0.output.LayerNorm.lora_A.weight"] = np.zeros((2, 8), np.float32)
+        tensors[f"{QUERY}.lora_magnitude_vector"] = np.zeros(8, np.float32)
+        tensors[f"{QUERY}.lora_embedding_A"] = np.zeros((2, 8), np.float32)
+        tensors["prompt_embeddings"] = np.zeros(2, np.float32)
+        tensors["base_model.model.classifier.bias"] = np.array([np.nan, 0, 0], np.float32)
+        del tensors[f"{QUERY.replace('.0.', '.1.')}.lora_B.weight"], tensors["base_model.model.classifier.weight"]
+        return tensors
+
+    with pytest.raises(PeftFormatError) as error:
+        load_peft(network(), edited(change=change))
+    lines = str(error.value).split("\n  ")[1:]
+    for line in (
+        "misshaped: bert.encoder.layer.0.attention.self.query.lora_A.weight is (2, 7) in the file, (2, 8) here",
+        "missing in the file: bert.encoder.layer.1.attention.self.query.lora_B.weight",
+        "missing in the file: classifier.weight",
+        "unexpected in the file: bert.encoder.layer.0.attention.self.query.lora_embedding_A",
+        "unexpected in the file: prompt_embeddings",
+        "unexpected in the file: bert.encoder.layer.0.output.LayerNorm is a LayerNorm, not for LoRA",
+        "classifier.bias holds NaN or infinity",
+    ):
+        assert any(entry.startswith(line) for entry in lines), line
+    assert any("self.qeury is no module of this network; did you mean" in entry for entry in lines)
+    assert any("self.query.lora_magnitude_vector" in entry for entry in lines)
+    assert len(lines) == 9
+
+
+def test_a_square_weight_saved_whole_is_ambiguous_with_fan_in_fan_out(edited):
+    with pytest.raises(PeftFormatError, match="pooler.dense.weight is square, and with fan_in_fan_out"):
+        load_peft(network(), edited("modules_to_save", {"fan_in_fan_out": True}))
+
+
+@pytest.mark.parametrize(
+    ("break_it", "says"),
+    [
+        (shutil.rmtree, "There is no file"),
+        (lambda d: (d / "adapter_config.json").unlink(), "There is no file .*adapter_config.json"),
+        (lambda d: (d / "adapter_config.json").write_text("{'r': 2}"), "cannot be read as JSON"),
+        (lambda d: (d / "adapter_config.json").write_bytes(b"\xff\xfe\x00"), "cannot be read as JSON"),
+        (lambda d: (d / "adapter_config.json").write_text("[1]"), "must hold an object"),
+        (lambda d: (d / "adapter_model.safetensors").unlink(), "There is no file .*adapter_model.safetensors"),
+        (lambda d: (d / "adapter_model.safetensors").rename(d / "adapter_model.bin"), "pickled weights"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b""), "cannot be read as safetensors"),
+        (lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x80\x04pickle"), "cannot be read as safetensors"),
+        (lambda d: truncate(d / "adapter_model.safetensors", 40), "cannot be read as safetensors"),
+        (lambda d: truncate(d / "adapter_model.safetensors", -40), "cannot be read as safetensors"),
+        (lambda d: save_file({}, d / "adapter_model.safetensors"), "there is no LoRA tensor in the file"),
+    ],
+)
+def test_broken_directories_are_named(edited, break_it, says):
+    directory = edited()
+    break_it(directory)
+    with pytest.raises(PeftFormatError, match=says):
+        load_peft(network(), directory)
+
+
+def truncate(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def test_an_adapter_of_another_size_is_refused():
+    with pytest.raises(PeftFormatError, match=r"layer.1.attention.self.value is no module of this network"):
+        load_peft(
+            BertForSequenceClassification(
+                type(network().config)(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=11), 3
+            ),
+            GOLDEN / "query_value",
+        )
+
+
+def test_the_network_must_be_untouched():
+    with pytest.raises(ValueError, match="eject"):
+        load_peft(inject(network(), LoRAConfig()), GOLDEN / "query_value")
+    with pytest.raises(TypeError, match="Cell"):
+        load_peft("network", GOLDEN / "query_value")
+
+
+@pytest.mark.parametrize(
+    ("configs", "says"),
+    [
+        ([], "has nothing"),
+        ([AdapterConfig(targets=["*.query"])], "has adapter"),
+        ([LoRAConfig(), PTuning2Config(tokens=2)], "has lora, ptuning2"),
+        ([PrefixConfig(tokens=2), BitFitConfig()], "biases train beside the prefix"),
+        (
+            [LoRAConfig(modules_to_save=["*.query.weight"])],
+            "layer.0.attention.self.query.weight trains beside its LoRA",
+        ),
+    ],
+)
+def test_what_peft_cannot_hold_is_not_written(tmp_path, configs, says):
+    cell = network()
+    for config in configs:
+        inject(cell, config)
+    with pytest.raises(PeftFormatError, match=says):
+        save_peft(cell, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_merged_deltas_are_not_written(tmp_path):
+    with pytest.raises(ValueError, match="unmerge"):
+        save_peft(merge(inject(network(), LoRAConfig())), tmp_path)
+
+
+def test_names_must_tell_cells_apart(tmp_path):
+    with pytest.raises(ValueError, match="'names' calls both"):
+        save_peft(inject(network(), LoRAConfig()), tmp_path, names=lambda path: "same")
+    with pytest.raises(TypeError, match="must be a str"):
+        save_peft(inject(network(), LoRAConfig()), tmp_path, names=lambda path: None)
