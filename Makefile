@@ -62,8 +62,9 @@ format: $(INSTALLED)  ## put the code into shape
 docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/mkdocs build --strict
 
-bench: $(FETCHED)  ## time a tuning step of each method, interleaved
+bench: $(FETCHED)  ## time a tuning step of each method, and what injection and deltas cost
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/inject.py
 
 clean:  ## remove .venv and everything that was made
 	rm -rf $(VENV) site build dist runs
