@@ -28,13 +28,13 @@ SIZES = {
 }
 
 
-def write_model(directory: Path, **changes) -> Path:
+def write_model(directory: Path, seed: int = 5, **changes) -> Path:
     """config.json, model.safetensors and tokenizer.json of a tiny BERT without a head."""
     directory.mkdir(parents=True, exist_ok=True)
     sizes = {**SIZES, **changes}
     (directory / "config.json").write_text(json.dumps({"model_type": "bert", **sizes}))
     network = BertForSequenceClassification(BertConfig(**sizes))
-    generator = np.random.default_rng(5)
+    generator = np.random.default_rng(seed)
     tensors = {}
     for parameter in network.bert.get_parameters():
         scale = 1.0 if "word_embeddings" in parameter.name else 0.2  # the words show through all layers

@@ -1,10 +1,12 @@
 """The only file that touches what is private or version-bound in MindSpore (2.7 to 2.10)."""
 
 import copy
+import gc
 from typing import Any
 
 import mindspore as ms
 from mindspore import nn
+from mindspore.common import api
 from mindspore.common import initializer as _initializer
 from mindspore.nn.layer import activation as _activation
 from mindspore.train import CheckpointConfig
@@ -55,9 +57,29 @@ def set_child(parent: nn.Cell, name: str, child: nn.Cell) -> None:
 
 
 def forget_compiled(network: nn.Cell) -> None:
-    """Compile anew at the next call: a graph compiled before a Cell was replaced still runs the old one."""
+    """Compile anew at the next call: a graph compiled before a Cell was replaced still runs the old one.
+
+    That holds for the network, for what is in it, for every Cell around it (a loss, a training step), and for functions
+    under ``ms.jit``, whose graphs are kept in one place for all.
+    """
+    for cell in (each for each in gc.get_objects() if issubclass(type(each), nn.Cell)):
+        if getattr(cell, "compile_cache", None) and any(inner is network for _, inner in cell.cells_and_names()):
+            cell.compile_cache.clear()
     for _, cell in network.cells_and_names():
         cell.compile_cache.clear()
+    getattr(api, "ms_compile_cache", set()).clear()
+
+
+def forced_dtype(cell: nn.Cell) -> Any:
+    """The dtype that ``to_float`` makes a Cell compute in, or None."""
+    flags = cell.get_flags()
+    names = {"fp16": ms.float16, "fp32": ms.float32, "bf16": ms.bfloat16}
+    return next((dtype for name, dtype in names.items() if flags.get(name)), None)
+
+
+def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:
+    """Let `target` be recomputed in the backward pass if `source` is."""
+    target._scope = source._scope
 
 
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:

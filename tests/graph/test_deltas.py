@@ -274,3 +274,63 @@ def test_a_bare_layer_takes_both_spellings_of_its_names(tmp_path, names, rng):
     load_delta(layer, tmp_path / "delta.ckpt")
     np.testing.assert_array_equal(layer.mindpet_delta_lora_a.asnumpy(), values[names[0]])
     np.testing.assert_array_equal(layer.mindpet_delta_lora_b.asnumpy(), values[names[1]])
+
+
+def test_each_injection_is_fitted_by_itself(tmp_path, rng):
+    def two(first_alpha, order=("0", "2")):
+        cell = network()
+        for path in order:
+            inject(cell, LoRAConfig(rank=2, alpha=first_alpha if path == "0" else 32, targets=[path]))
+        return cell
+
+    source = two(4)
+    base = {p.name: ms.Parameter(p.value(), name=p.name) for p in source.get_parameters() if "delta" not in p.name}
+    for parameter in source.trainable_params():
+        parameter.set_data(Tensor(0.3 * rng.standard_normal(parameter.shape).astype(np.float32)))
+    save_delta(source, tmp_path)
+    x = Tensor(rng.standard_normal((4, 6)).astype(np.float32))
+    for order in (("0", "2"), ("2", "0")):
+        other = two(8, order)
+        ms.load_param_into_net(other, base)
+        np.testing.assert_allclose(load_delta(other, tmp_path)(x).asnumpy(), source(x).asnumpy(), atol=1e-5)
+
+
+def test_a_delta_with_more_than_the_network_s_is_refused(tmp_path):
+    cell = network()
+    base = {p.name: p.value() for p in cell.get_parameters()}
+    saved(tmp_path / "plain", base, 0, modules=())
+    saved(tmp_path / "head", base, 1)
+    load_delta(cell, tmp_path / "plain", "plain")
+    with pytest.raises(DeltaFileError, match="2.weight"):
+        load_delta(cell, tmp_path / "head", "head")
+
+
+def test_numbers_that_do_not_fit_the_dtype_are_refused(tmp_path):
+    cell = tuned()
+    cell[0].mindpet_delta_lora_b.set_data(Tensor(np.full((6, 2), 1e5, np.float32)))
+    save_delta(cell, tmp_path)
+    half = network()
+    for parameter in half.get_parameters():
+        parameter.set_dtype(ms.float16)
+    with pytest.raises(DeltaFileError, match="too large for the network's Float16"):
+        load_delta(half, tmp_path)
+
+
+def test_a_file_that_lacks_what_it_says_is_refused(tmp_path):
+    save_delta(tuned(), tmp_path)
+    description, _, tensors = read_delta(tmp_path)
+    tensors.pop("2.bias")
+    write_delta(tmp_path, description, tensors)
+    with pytest.raises(DeltaFileError, match="does not hold what it says: 2.bias"):
+        load_delta(network(), tmp_path)
+
+
+def test_ranks_added_in_loading_can_train(tmp_path):
+    base = {p.name: p.value() for p in network().get_parameters()}
+    saved(tmp_path, base, 0, rank=2)
+    wide = inject(network_with(base), LoRAConfig(rank=4, targets=["0"], modules_to_save=["2"]))
+    load_delta(wide, tmp_path)
+    weights = ms.ParameterTuple([wide[0].mindpet_delta_lora_b])
+    x = Tensor(np.random.default_rng(1).standard_normal((16, 6)).astype(np.float32))
+    (gradient,) = ms.grad(lambda rows: wide(rows).sum(), None, weights)(x)
+    assert (np.abs(gradient.asnumpy()) > 0).any(axis=0).all()  # each of the four ranks

@@ -174,3 +174,120 @@ def test_a_second_method_leaves_the_first_training(rng):
     assert any("lora" in name for name in names)
     assert any("adapter" in name for name in names)
     assert not any(name.endswith("0.weight") for name in names)
+
+
+class Wrapper(nn.Cell):
+    """Holds a network, as a loss or a training step does."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, x):
+        return self.network(x) * 2
+
+
+def test_what_was_compiled_around_a_network_is_compiled_anew(mode, rng):
+    cell, x = network(), Tensor(rng.standard_normal((4, 6)).astype(np.float32))
+    around, jitted = Wrapper(cell), ms.jit(lambda_free(cell))
+    base = around(x).asnumpy()
+    np.testing.assert_allclose(jitted(x).asnumpy(), base / 2, atol=1e-6)
+    inject(cell, LoRAConfig(rank=2, targets=["0"]))
+    cell[0].mindpet_delta_lora_b.set_data(Tensor(rng.standard_normal((6, 2)).astype(np.float32)))
+    tuned = cell(x).asnumpy()
+    for change in (lambda: None, lambda: merge(cell), lambda: unmerge(cell)):
+        change()
+        np.testing.assert_allclose(around(x).asnumpy(), 2 * tuned, atol=1e-5, err_msg="around")
+        np.testing.assert_allclose(jitted(x).asnumpy(), tuned, atol=1e-5, err_msg="jitted")
+    eject(cell)
+    np.testing.assert_array_equal(around(x).asnumpy(), base)
+
+
+def lambda_free(cell):
+    def forward(x):
+        return cell(x)
+
+    return forward
+
+
+def test_a_weight_that_the_network_itself_holds_is_refused(rng):
+    class Own(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.one = nn.Dense(4, 4)
+            self.table = self.one.weight
+
+        def construct(self, x):
+            return ms.ops.matmul(self.one(x), self.table)
+
+    cell = inject(Own(), LoRAConfig(targets=["one"]))
+    with pytest.raises(ValueError, match="other cells use its weight"):
+        merge(cell)
+
+
+def test_nothing_else_is_done_to_a_network_whose_deltas_are_merged_or_held_out(rng, tmp_path):
+    from mindpet import load_delta, save_delta, use
+    from mindpet.graph import MixedDeltas
+
+    cell = with_lora(rng)
+    save_delta(cell, tmp_path)
+    load_delta(cell, tmp_path, "a")
+    actions = [
+        lambda: inject(cell, AdapterConfig(size=2, targets=["2"])),
+        lambda: eject(cell),
+        lambda: merge(cell),
+        lambda: save_delta(cell, tmp_path / "other"),
+        lambda: load_delta(cell, tmp_path),
+        lambda: use(cell, "a"),
+        lambda: disable(cell).__enter__(),
+        lambda: MixedDeltas(cell),
+    ]
+    expected = weights(cell)
+    mixed = MixedDeltas(cell)
+    for enter, says in (
+        (lambda: merge(cell), "unmerge"),
+        (lambda: disable(cell), "disable"),
+        (lambda: mixed, "MixedDeltas"),
+    ):
+        block = enter()
+        if says != "unmerge":
+            block.__enter__()
+        for action in actions:
+            with pytest.raises(ValueError, match=says):
+                action()
+        unmerge(cell) if says == "unmerge" else block.__exit__(None, None, None)
+        assert all(np.array_equal(value, expected[name]) for name, value in weights(cell).items())
+        assert type(cell[0]) is LoRADense
+    with pytest.raises(RuntimeError, match="inside the block"):
+        mixed(["a"], Tensor(np.ones((1, 6), np.float32)))
+
+
+def test_training_mode_follows_the_network(rng):
+    cell = network()
+    cell.set_train()
+    inject(cell, LoRAConfig(rank=2, dropout=0.5, targets=["0"]))
+    assert cell[0].lora_dropout.training
+    with disable(cell):
+        cell.set_train(False)
+    assert not cell[0].training
+    assert not cell[0].lora_dropout.training
+    merge(cell)
+    cell.set_train()
+    unmerge(cell)
+    assert cell[0].lora_dropout.training
+
+
+def test_to_float_of_one_layer_stays(mode, rng):
+    cell = nn.SequentialCell(nn.Dense(6, 6).to_float(ms.float16))
+    x = Tensor(rng.standard_normal((4, 6)).astype(np.float32))
+    before = cell(x)
+    inject(cell, LoRAConfig(rank=2, targets=["0"]))
+    assert cell[0].compute_dtype == ms.float16
+    np.testing.assert_array_equal(cell(x).asnumpy(), before.asnumpy())  # a float32 output of float16 numbers
+
+
+def test_merge_and_eject_trains_what_trained_before(rng):
+    cell = network()
+    cell[0].bias.requires_grad = False
+    merge_and_eject(inject(cell, LoRAConfig(rank=2, targets=["0"])))
+    assert [p.name for p in cell.get_parameters() if not p.requires_grad] == ["0.bias"]

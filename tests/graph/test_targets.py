@@ -193,3 +193,21 @@ def test_dropout_of_a_convolution_is_on_its_branch_and_in_training_only(mode):
     np.testing.assert_array_equal(network(x).asnumpy(), still)
     network.set_train()
     assert not np.allclose(network(x).asnumpy(), still)
+
+
+def test_patterns_of_ranks_and_exclusions_must_match_too():
+    with pytest.raises(ValueError, match="nonsense") as error:
+        inject(
+            Network(),
+            LoRAConfig(
+                targets=["*.query"], rank_pattern={"nonsense": 4}, alpha_pattern={"*.qurey": 2}, exclude=["vlaue"]
+            ),
+        )
+    assert "near it: layers.0.query" in str(error.value)
+    assert "vlaue" in str(error.value)
+
+
+def test_all_linear_leaves_what_is_trained_whole():
+    network = inject(Network(), LoRAConfig(rank=2, targets="all-linear", modules_to_save=["heads.one"]))
+    assert type(network.heads["one"]) is nn.Dense
+    assert type(network.heads["other"]) is LoRADense

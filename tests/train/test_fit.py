@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mindpet.graph import DeltaFileError
 from mindpet.train import run
 from mindpet.train.config import METHOD_NAMES, RunFileError, TrainSection, load_run
 from mindpet.train.data import DataError
@@ -261,6 +262,19 @@ def test_a_run_can_be_used_from_anywhere(inputs, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("back_to_pynative")
+def test_what_would_give_wrong_scores_is_refused(inputs, tmp_path):
+    model, _ = inputs
+    rows = write_rows(tmp_path / "rows.jsonl", sentences(60))
+    run.finetune(load_run(None, overrides(model, rows, tmp_path / "out", "train.max_steps=2", "train.mode=pynative")))
+    other = write_model(tmp_path / "other", seed=6)
+    with pytest.raises(DeltaFileError, match="other weights than the one it was trained on"):
+        run.infer(tmp_path / "out", ["boat"], [f"model.path={other}"])
+    write_rows(rows, sentences(45))
+    with pytest.raises(DataError, match="has changed since the run"):
+        run.evaluate(tmp_path / "out")
+
+
+@pytest.mark.usefixtures("back_to_pynative")
 def test_pairs_of_texts_are_trained_on_and_used(inputs, tmp_path):
     model, _ = inputs
     rows = [{**row, "second": "the old"} for row in sentences(30)]
@@ -355,7 +369,8 @@ def test_the_folder_has_everything(inputs, tmp_path):
     run.finetune(settings(inputs, tmp_path, "train.max_steps=2", "train.mode=pynative"))
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
-        "before.json", CHECKPOINT, "curve.png", "delta", "labels.json", "metrics.jsonl", "report.json", "run.yaml",
+        "before.json", CHECKPOINT, "data.json", "curve.png", "delta", "labels.json", "metrics.jsonl", "report.json",
+        "run.yaml",
     }  # fmt: skip
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     first = read_metrics(tmp_path / "metrics.jsonl")[0]

@@ -95,6 +95,7 @@ def evaluate(
         from mindpet.train import run
 
         screen = Screen(quiet=as_json)
+        _note(run.unfinished(directory))
         scores, labels = run.evaluate(directory, overrides, screen)
         if as_json:
             content = {
@@ -141,6 +142,7 @@ def infer(
         from mindpet.cli.screen import Screen, print_predictions
         from mindpet.train import run
 
+        _note(run.unfinished(directory))
         predictions = run.infer(directory, lines, [f"model.path={model}"] if model else None)
         if as_json:
             for line, chances in zip(lines, predictions):
@@ -199,9 +201,10 @@ def merge(
       mindpet merge runs/latest models/headlines
     """
     with _readable_errors():
-        from mindpet.train.artifacts import merge_run
+        from mindpet.train.artifacts import merge_run, pooling_of
 
         merge_run(directory, target)
+        _note(_POOLING if pooling_of(directory) == "mean" else "")
         typer.echo(f"Wrote {target}: config.json, model.safetensors and the tokenizer, as on Hugging Face.")
 
 
@@ -216,9 +219,10 @@ def export(
       mindpet export runs/latest adapters/headlines
     """
     with _readable_errors():
-        from mindpet.train.artifacts import export_run
+        from mindpet.train.artifacts import export_run, pooling_of
 
         export_run(directory, target)
+        _note(_POOLING if pooling_of(directory) == "mean" else "")
         typer.echo(f"Wrote {target}. In PyTorch: PeftModel.from_pretrained(model, {str(target)!r})")
 
 
@@ -293,6 +297,18 @@ def config_validate(run_file: RunFile, overrides: Overrides = None) -> None:
         prepared = run.prepare(config, screen)
         run.build_network(config, prepared.labels)
         screen.console.print(f"{run_file} is fine.", style="green", markup=False)
+
+
+_POOLING = (
+    "Note: this head was trained on the mean of the tokens (model.pooling=mean). BertForSequenceClassification of "
+    "transformers feeds the pooler's output to it and gives other answers: mean-pool there, or tune with "
+    "model.pooling=pooler."
+)
+
+
+def _note(text: str) -> None:
+    if text:
+        typer.secho(text, fg="yellow", err=True)
 
 
 @contextmanager

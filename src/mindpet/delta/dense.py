@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 from mindspore import Parameter, nn, ops
 from mindspore import dtype as mstype
 
-from mindpet import _checks
+from mindpet import _checks, _compat
 from mindpet.delta.activation import resolve_activation
 
 if TYPE_CHECKING:
@@ -72,7 +72,8 @@ class ComputeDense(nn.Dense):
             )
         layer = cls.__new__(cls)
         _share(dense, layer)
-        layer.compute_dtype = getattr(dense, "compute_dtype", dense.weight.dtype)
+        own = getattr(dense, "compute_dtype", dense.weight.dtype)
+        layer.compute_dtype = _compat.forced_dtype(dense) or own
         layer.cast = ops.Cast()
         return layer
 

@@ -61,6 +61,10 @@ class LoRAConfig(DeltaConfig):
         alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if fnmatchcase(path, pattern)), self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of ranks and alphas."""
+        return (*self.rank_pattern, *self.alpha_pattern)
+
     @property
     def scaled_alpha(self) -> float:
         """The alpha for which ``alpha / rank`` is the scale, rank-stabilised or not."""
@@ -209,7 +213,8 @@ class LoRADense(ComputeDense):
 def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same deltas for layers of a rank that is at least theirs, and of another alpha: exactly.
 
-    Rows of zeros fill up A, columns of zeros B, and B takes up the ratio of the two scales.
+    Columns of zeros fill up B, and rows as at the start of a training A, so that the added ranks can go on to train; B
+    takes up the ratio of the two scales.
     """
     fitted = {}
     for name, value in tensors.items():
@@ -217,7 +222,9 @@ def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> 
         ours, theirs = here.at(path), there.at(path)
         missing = ours.rank - theirs.rank
         if last == "mindpet_delta_lora_a" and missing > 0:
-            value = np.pad(value, [(0, missing)] + [(0, 0)] * (value.ndim - 1))
+            bound = 1 / math.sqrt(value[0].size)
+            rows = np.random.default_rng(0).uniform(-bound, bound, (missing, *value.shape[1:]))
+            value = np.concatenate([value, rows.astype(value.dtype)])
         elif last == "mindpet_delta_lora_b" and missing >= 0:
             ratio = (theirs.scaled_alpha / theirs.rank) / (ours.scaled_alpha / ours.rank)
             value = value if ratio == 1 else (value * ratio).astype(value.dtype)

@@ -18,7 +18,8 @@ class DeltaConfig:
             method's usual ones for the networks in `mindpet.models`. An entry may be a type of Cell instead.
         exclude: patterns on the paths of cells to leave alone although `targets` matches them.
         layers: numbers of the layers to adapt (the first number in a path), or None for all.
-        modules_to_save: patterns on the paths of cells, a new head for instance, that are trained and saved whole.
+        modules_to_save: cells, a new head for instance, that are trained and saved whole: patterns on their paths or
+            on the ends of their paths.
     """
 
     targets: Sequence[str | type] | str | None = None
@@ -44,6 +45,10 @@ class DeltaConfig:
     def at(self, path: str) -> "DeltaConfig":
         """What holds for the cell at `path`; methods with patterns of their own override this."""
         return self
+
+    def patterns(self) -> tuple[str, ...]:
+        """Further patterns on the paths of adapted cells, each of which must match one."""
+        return ()
 
 
 def _patterns(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:

@@ -62,13 +62,19 @@ def combine(
     shares = [1.0 / len(sources)] * len(sources) if weights is None else [float(weight) for weight in weights]
     if len(shares) != len(sources):
         raise ValueError(f"There are {len(sources)} sources and {len(shares)} weights.")
-    if not 0 < density <= 1:
-        raise ValueError(f"'density' must be in (0, 1], but got {density}.")
     if method == "linear" and min(shares) < 0:
         raise ValueError("'linear' takes the square root of the weights, so none may be negative.")
+    if not np.isfinite(shares).all() or abs(sum(shares)) < 1e-12:
+        raise ValueError(f"The weights must be finite and not sum to 0, but are {shares}.")
+    if rank is not None:
+        _checks.positive_int("combine", "rank", rank)
+    if not 0 < density <= 1:
+        raise ValueError(f"'density' must be in (0, 1], but got {density}.")
     read = [_lora(source) for source in sources]
     description, first, tensors = read[0]
-    for source, (_, _, others) in zip(sources[1:], read[1:]):
+    for source, (about, _, others) in zip(sources[1:], read[1:]):
+        if any(about.get(key) != description.get(key) for key in ("base", "base_hash")):
+            raise DeltaFileError(f"{source} is of another base network than {sources[0]}.")
         if others.keys() != tensors.keys():
             raise DeltaFileError(f"{source} adapts other layers than {sources[0]}.")
     generator = np.random.default_rng(seed)
@@ -89,7 +95,8 @@ def combine(
     config = dataclasses.replace(  # the scale is in the numbers already
         first, rank=widest, alpha=widest, rank_stabilised=False, rank_pattern=pattern, alpha_pattern=pattern
     )
-    write_delta(target, {**description, "methods": [{"method": "lora", **dataclasses.asdict(config)}]}, made)
+    about = {**description, "parameters": sorted(made)}
+    write_delta(target, {**about, "methods": [{"method": "lora", **dataclasses.asdict(config)}]}, made)
 
 
 def _lora(source: str | Path) -> tuple[dict[str, Any], LoRAConfig, dict[str, np.ndarray]]:

@@ -16,8 +16,7 @@ from mindspore import Parameter, Tensor, load_checkpoint, nn
 from mindpet import _checks, _files
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_named, method_of
-from mindpet.graph.inject import MARKER, eject, inject, injections
-from mindpet.graph.merge import merged_cells
+from mindpet.graph.inject import MARKER, Injection, eject, inject, injections, require_in_place
 
 FORMAT = 1
 OURS = "mindpet_"  # in the names of all parameters that are no part of the base
@@ -42,9 +41,7 @@ def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = Fal
         TypeError: `network` is not a Cell.
         ValueError: nothing in it trains; its delta is merged.
     """
-    _checks.cell("save_delta", "network", network)
-    if merged_cells(network):
-        raise ValueError("The deltas of this network are merged into its weights: unmerge them to save them.")
+    require_in_place("save_delta", network)
     tensors = {parameter.name: parameter.asnumpy() for parameter in delta_parameters(network)}
     if not tensors:
         raise ValueError("Nothing in this network trains, so there is no delta to save.")
@@ -71,9 +68,7 @@ def delta_parameters(network: nn.Cell) -> list[Parameter]:
 
 def write_delta(directory: str | Path, description: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
     """The two files of a delta, each whole. The first has everything; ``delta.json`` is a copy for people and tools."""
-    _files.write_tensors(
-        Path(directory) / "delta.safetensors", tensors, {"format": "ms", "delta": json.dumps(description)}
-    )
+    _files.write_tensors(Path(directory) / "delta.safetensors", tensors, {"delta": json.dumps(description)})
     _files.write_json(Path(directory) / "delta.json", description)
 
 
@@ -94,6 +89,9 @@ def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig]
         raise DeltaFileError(f"{path} is not a delta: its metadata has no usable description ({error}).") from error
     if known != FORMAT:
         raise DeltaFileError(f"{path} is a delta of format {known}, and this version reads format {FORMAT}.")
+    differ = sorted(set(description.get("parameters") or tensors) ^ set(tensors))
+    if differ:
+        raise DeltaFileError(f"{path} does not hold what it says: {', '.join(differ[:5])}.")
     return description, [_config_of(entry, path) for entry in entries], tensors
 
 
@@ -117,7 +115,7 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
         DeltaFileError: a file is missing or broken; the base is another one; names or shapes do not fit. All problems
             are in one message, and the network is unchanged.
     """
-    _checks.cell("load_delta", "network", network)
+    require_in_place("load_delta", network)
     _checks.string("load_delta", "name", name)
     directory = Path(directory)
     if directory.suffix in (".ckpt", ".safetensors"):
@@ -126,7 +124,7 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
         return _keep(network, name, tensors)
     description, configs, tensors = read_delta(directory)
     _require(_other_base(network, description), directory)
-    present = [one.config for one in injections(network)]
+    present = injections(network)
     if not present:
         try:
             for config in configs:
@@ -135,16 +133,24 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
             if injections(network):
                 eject(network)
             raise DeltaFileError(f"The delta in {directory} cannot be injected into this network: {error}") from error
-    elif [type(config) for config in present] != [type(config) for config in configs]:
-        names = [" and ".join(method_of(c).name for c in group) or "none" for group in (configs, present)]
+    elif sorted(type(one.config).__name__ for one in present) != sorted(type(config).__name__ for config in configs):
+        names = [
+            " and ".join(method_of(c).name for c in group) or "none"
+            for group in (configs, [one.config for one in present])
+        ]
         raise DeltaFileError(f"The delta in {directory} is of {names[0]}, the network has {names[1]}.")
     else:
         try:
-            for here, there in zip(present, configs):
-                tensors = method_of(here).fit(here, there, tensors)
+            for one, there in _paired(injections(network), configs):
+                mine = {n: v for n, v in tensors.items() if n.rpartition(".")[0].startswith(tuple(one.adapted))}
+                tensors = {**tensors, **method_of(there).fit(one.config, there, mine)}
         except ValueError as error:
             raise DeltaFileError(f"The delta in {directory} does not fit this network: {error}.") from error
+    own = {parameter.name for parameter in delta_parameters(network)}
     misfits = _misfits(network, tensors, complete=bool(configs))
+    if configs:
+        known = {parameter.name for parameter in network.get_parameters()}
+        misfits += [f"not part of this network's delta: {n}" for n in tensors if n in known and n not in own]
     if misfits and not present and injections(network):
         eject(network)
     _require(misfits, directory)
@@ -159,6 +165,7 @@ def use(network: nn.Cell, name: str) -> nn.Cell:
     Raises:
         ValueError: no delta of that name was loaded.
     """
+    require_in_place("use", network)
     deltas = loaded_deltas(network)
     if name not in deltas:
         raise ValueError(
@@ -196,9 +203,33 @@ def _misfits(network: nn.Cell, tensors: dict[str, np.ndarray], complete: bool) -
         for name, value in tensors.items()
         if name in parameters and tuple(parameters[name].shape) != value.shape
     ]
+    problems += [
+        f"{name}: it holds NaN or infinity, or numbers too large for the network's {parameters[name].dtype}"
+        for name, value in tensors.items()
+        if name in parameters and not _representable(value, parameters[name].asnumpy().dtype)
+    ]
     if complete:
         problems += [f"not in the file: {p.name}" for p in delta_parameters(network) if p.name not in tensors]
     return problems
+
+
+def _representable(value: np.ndarray, dtype: Any) -> bool:
+    if not np.issubdtype(value.dtype, np.floating) or not np.issubdtype(dtype, np.floating):
+        return True
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(value.astype(dtype)).all())
+
+
+def _paired(present: list[Injection], configs: list[DeltaConfig]) -> list[tuple[Injection, DeltaConfig]]:
+    """Each injection with the saved configuration of the same cells, or else with the next one of its method."""
+    left, pairs = list(configs), []
+    for one in present:
+        same = [each for each in left if type(each) is type(one.config)]
+        exact = [each for each in same if each.targets and set(each.targets) == set(one.adapted)]
+        chosen = (exact or same)[0]
+        left = [each for each in left if each is not chosen]
+        pairs.append((one, chosen))
+    return pairs
 
 
 def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -11,9 +12,12 @@ from mindpet import _checks, _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_of
 from mindpet.graph.freeze_utils import parameters_below, train_only
-from mindpet.graph.targets import TargetReport, cells_by_path, find_targets
+from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_paths
 
-_RECORD = "mindpet_injections"  # the attribute of a network that remembers what was injected
+# attributes of a network
+_RECORD = "mindpet_injections"  # what was injected
+MERGED = "mindpet_merged"  # what is folded into weights now
+SUSPENDED = "mindpet_suspended"  # what holds the adapted cells out of the network now
 MARKER = "mindpet_delta_"  # in the name of every parameter that a method adds
 
 
@@ -51,14 +55,33 @@ def replace_cells(root: nn.Cell, replacements: dict[str, nn.Cell]) -> None:
     missing = [path for path in replacements if not path or path not in cells]
     if missing:
         raise KeyError(f"There is no cell at {missing[0]!r}{_checks.near(missing[0], cells)}.")
+    named: set[int] = set()
     for path, new in replacements.items():
         parent, _, name = path.rpartition(".")
-        shared = {id(parameter) for parameter in cells[path].get_parameters()}
+        named |= {id(parameter) for parameter in cells[path].get_parameters()}  # shared ones keep their names
+        new.set_train(cells[path].training)
         _compat.set_child(cells[parent], name, new)
         for parameter_path, parameter in new.parameters_and_names(path):
-            if id(parameter) not in shared:
+            if id(parameter) not in named:
                 parameter.name = parameter_path
+                named.add(id(parameter))
     _compat.forget_compiled(root)
+
+
+def require_in_place(owner: str, network: nn.Cell) -> None:
+    """Whether the adapted cells are in the network now, so that it can be changed, saved or switched.
+
+    Raises:
+        ValueError: they are merged, or a ``with`` block of disable or MixedDeltas holds them out.
+    """
+    _checks.cell(owner, "network", network)
+    if vars(network).get(MERGED):
+        raise ValueError(f"For '{owner}', the deltas of this {type(network).__name__} are merged: unmerge them first.")
+    holder = vars(network).get(SUSPENDED)
+    if holder:
+        raise ValueError(
+            f"For '{owner}', leave the block of {holder} first: it holds the adapted cells out of the network."
+        )
 
 
 def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
@@ -71,9 +94,25 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     method = method_of(config)
     if not method.adapt:
         return TargetReport({}, {})
-    return find_targets(
-        network, config.targets or method.targets, tuple(method.adapt), config.exclude, config.layers, method.linear
+    kinds = tuple(method.adapt)
+    report = find_targets(
+        network, config.targets or method.targets, kinds, config.exclude, config.layers, method.linear
     )
+    matched = report.matched
+    if config.targets == "all-linear":  # what is trained whole is not adapted as well
+        whole = parameters_below(network, config.modules_to_save)
+        matched = {
+            path: cell for path, cell in matched.items() if not any(id(p) in whole for p in cell.get_parameters())
+        }
+    candidates = [path for path, cell in cells_by_path(network).items() if isinstance(cell, kinds)]
+    misses = dict(report.misses)
+    for pattern in config.exclude:
+        if not any(fnmatchcase(path, pattern) for path in candidates):
+            misses[pattern] = near_paths(pattern, candidates)
+    for pattern in config.patterns():
+        if not any(fnmatchcase(path, pattern) for path in matched):
+            misses[pattern] = near_paths(pattern, list(matched))
+    return TargetReport(matched, misses)
 
 
 def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
@@ -99,7 +138,7 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     >>> [parameter.name for parameter in network.trainable_params()]
     ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
     """
-    _checks.cell("inject", "network", network)
+    require_in_place("inject", network)
     method = method_of(config)
     parameters_below(network, config.modules_to_save)  # a miss is found before anything changes
     before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
@@ -111,6 +150,7 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
         make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
         if id(cell) not in made:
             made[id(cell)] = make(cell, config.at(path))
+            _compat.copy_recompute(cell, made[id(cell)])
         injection.originals[path], injection.adapted[path] = cell, made[id(cell)]
     replace_cells(network, injection.adapted)
     everything = [*injections(network), injection]
@@ -136,17 +176,13 @@ def eject(network: nn.Cell) -> nn.Cell:
     Raises:
         ValueError: nothing was injected.
     """
-    _checks.cell("eject", "network", network)
+    require_in_place("eject", network)
     if not injections(network):
         raise ValueError(f"Nothing was injected into this {type(network).__name__}.")
-    if vars(network).get("mindpet_merged"):
-        raise ValueError(f"The deltas of this {type(network).__name__} are merged: unmerge them first.")
     for injection in reversed(injections(network)):
         replace_cells(network, injection.originals)
         for parameter, value in injection.values:
             parameter.set_data(Tensor(value))
-        for parameter, flag in injection.trainable:
-            parameter.requires_grad = flag
     forget_injections(network)
     return network
 
@@ -164,18 +200,18 @@ def disable(network: nn.Cell) -> Iterator[nn.Cell]:
     ...     print(type(network[0]).__name__)
     Dense
     """
-    _checks.cell("disable", "network", network)
+    require_in_place("disable", network)
     everything = injections(network)
     tuned = [(parameter, parameter.asnumpy().copy()) for one in everything for parameter, _ in one.values]
     for injection in reversed(everything):
-        for path, original in injection.originals.items():
-            original.set_train(injection.adapted[path].training)
         replace_cells(network, injection.originals)
         for parameter, value in injection.values:
             parameter.set_data(Tensor(value))
+    vars(network)[SUSPENDED] = "disable"
     try:
         yield network
     finally:
+        vars(network).pop(SUSPENDED)
         for injection in everything:
             replace_cells(network, injection.adapted)
         for parameter, value in tuned:
@@ -188,8 +224,12 @@ def injections(network: nn.Cell) -> list[Injection]:
 
 
 def forget_injections(network: nn.Cell) -> None:
-    """Keep the network as it is and remember nothing of how it came about."""
+    """Keep the cells as they are and remember nothing of how they came about; what trains is what trained before."""
+    for injection in reversed(injections(network)):
+        for parameter, flag in injection.trainable:
+            parameter.requires_grad = flag
     vars(network).pop(_RECORD, None)
+    vars(network).pop("mindpet_deltas", None)
 
 
 def is_adapted(cell: nn.Cell) -> bool:

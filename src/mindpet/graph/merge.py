@@ -7,10 +7,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat
-from mindpet.graph.inject import forget_injections, injections, replace_cells
+from mindpet.graph.inject import MERGED, SUSPENDED, forget_injections, injections, replace_cells, require_in_place
 from mindpet.graph.targets import cells_by_path
-
-_RECORD = "mindpet_merged"  # the attribute of a network that remembers what was merged
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ def merge(network: nn.Cell) -> nn.Cell:
         ValueError: nothing to merge; a delta that is no matrix added to a weight (adapters, prefixes); a weight that
             other cells use as well; a sum with NaN or infinity. All are named, and nothing is changed.
     """
-    _checks.cell("merge", "network", network)
+    require_in_place("merge", network)
     adapted = _adapted_cells(network)
     problems = [
         f"{path}: {cell.delta_method} is more than a matrix added to a weight and cannot merge"
@@ -72,11 +70,11 @@ def merge(network: nn.Cell) -> nn.Cell:
     for path, cell in adapted.items():
         merged[path] = Merged(cell, cell.base_weight, cell.base_weight.asnumpy().copy())
         plain[path] = known[path] if path in known else cell.plain()  # by hand, only dense layers are made
-        plain[path].set_train(cell.training)
+        _compat.copy_recompute(cell, plain[path])
     for one in merged.values():
         one.weight.set_data(Tensor(sums[id(one.adapted)]))
     replace_cells(network, plain)
-    vars(network)[_RECORD] = {**merged_cells(network), **merged}
+    vars(network)[MERGED] = {**merged_cells(network), **merged}
     return network
 
 
@@ -90,18 +88,22 @@ def unmerge(network: nn.Cell) -> nn.Cell:
         ValueError: nothing was merged.
     """
     _checks.cell("unmerge", "network", network)
+    if vars(network).get(SUSPENDED):
+        raise ValueError("For 'unmerge', leave the block that holds the adapted cells out of the network first.")
     merged = merged_cells(network)
     if not merged:
         raise ValueError(f"Nothing in this {type(network).__name__} is merged.")
     for one in merged.values():
         one.weight.set_data(Tensor(one.base))
     replace_cells(network, {path: one.adapted for path, one in merged.items()})
-    vars(network).pop(_RECORD)
+    vars(network).pop(MERGED)
     return network
 
 
 def merge_and_eject(network: nn.Cell) -> nn.Cell:
     """:func:`merge`, and forget that there was a delta: the plain network with the new weights, for good.
+
+    What trains afterwards is what trained before the injection.
 
     Returns:
         The same network.
@@ -110,16 +112,14 @@ def merge_and_eject(network: nn.Cell) -> nn.Cell:
         ValueError: as :func:`merge`.
     """
     merge(network)
-    vars(network).pop(_RECORD)
+    vars(network).pop(MERGED)
     forget_injections(network)
-    for parameter in network.get_parameters():
-        parameter.requires_grad = True
     return network
 
 
 def merged_cells(network: nn.Cell) -> dict[str, Merged]:
     """What is merged now, by path."""
-    return dict(vars(network).get(_RECORD, {}))
+    return dict(vars(network).get(MERGED, {}))
 
 
 def _adapted_cells(network: nn.Cell) -> dict[str, nn.Cell]:
@@ -133,5 +133,5 @@ def _adapted_cells(network: nn.Cell) -> dict[str, nn.Cell]:
 
 def _owners(network: nn.Cell) -> Counter:
     """How many cells hold each parameter themselves."""
-    cells = {id(cell): cell for cell in cells_by_path(network).values()}
+    cells = {id(cell): cell for cell in (network, *cells_by_path(network).values())}
     return Counter(id(p) for cell in cells.values() for p in _compat.own_parameters(cell).values())

@@ -11,7 +11,7 @@ from mindpet import _checks
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.lora import LoRADense
 from mindpet.graph.deltas import loaded_deltas
-from mindpet.graph.inject import MARKER, injections, replace_cells
+from mindpet.graph.inject import MARKER, SUSPENDED, injections, replace_cells, require_in_place
 from mindpet.graph.targets import cells_by_path
 
 
@@ -91,7 +91,7 @@ class MixedDeltas:
     """
 
     def __init__(self, network: nn.Cell):
-        _checks.cell("MixedDeltas", "network", network)
+        require_in_place("MixedDeltas", network)
         self.network = network
         self.deltas = loaded_deltas(network)
         if not self.deltas:
@@ -108,16 +108,23 @@ class MixedDeltas:
             self.banks[path] = self._bank(path, cells[path])
 
     def __enter__(self) -> "MixedDeltas":
+        require_in_place("MixedDeltas", self.network)
         replace_cells(self.network, self.banks)
+        vars(self.network)[SUSPENDED] = "MixedDeltas"
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        vars(self.network).pop(SUSPENDED)
         replace_cells(self.network, self.originals)
 
     def __call__(self, names: Sequence[str | None], *inputs: Any) -> Any:
         """The network's output; `names` has one name, or None for the base, for each row of the batch."""
+        if vars(self.network).get(SUSPENDED) != "MixedDeltas":
+            raise RuntimeError("Rows can be mixed inside the block only: with MixedDeltas(network) as mixed: ...")
+        if inputs and len(names) != inputs[0].shape[0]:
+            raise ValueError(f"There are {len(names)} names for a batch of {inputs[0].shape[0]} rows.")
         unknown = sorted({str(name) for name in names if name not in self.names})
         if unknown:
             known = [name for name in self.names if name]

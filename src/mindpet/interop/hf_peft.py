@@ -67,7 +67,7 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
         raise _misfit(directory, problems)
     try:
         inject(network, config)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise _misfit(directory, [str(error)]) from error
     parameters = {name: parameter for parameter, known in names_of_parameters(network) for name in known}
     for path, value in values.items():

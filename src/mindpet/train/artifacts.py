@@ -18,8 +18,8 @@ from mindpet.graph.merge import merge_and_eject
 from mindpet.interop.hf_peft import load_peft, save_peft
 from mindpet.models.bert import BertForSequenceClassification
 from mindpet.models.loading import save_tensors
-from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
-from mindpet.train.run import load_tuned
+from mindpet.train.config import MethodSection, RunConfig, RunFileError, load_run, method_config, read_overrides
+from mindpet.train.run import load_tuned, unfinished
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,15 @@ def open_network(source: str, labels: int = 2) -> nn.Cell:
     module, colon, factory = source.partition(":")
     if not colon or not factory.isidentifier():
         raise RunFileError(f"{source!r} is neither a run file, nor a directory, nor package.module:factory.")
-    sys.path.insert(0, os.getcwd())
+    here = os.getcwd()
+    sys.path.insert(0, here)
     try:
-        network = getattr(import_module(module), factory)()
+        make = getattr(import_module(module), factory)
     except (ImportError, AttributeError) as error:
         raise RunFileError(f"{source!r} cannot be called: {error}") from error
     finally:
-        sys.path.remove(os.getcwd())
+        sys.path.remove(here)
+    network = make()
     if not isinstance(network, nn.Cell):
         raise RunFileError(f"{source!r} gives {_checks.shown(network)}, not a mindspore.nn.Cell.")
     return network
@@ -87,7 +89,7 @@ def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
         heads = ["classifier"] if os.path.isdir(source) else []
     dense = [path for path, cell in _dense_layers(network).items()]
     if section.name != "full":
-        given = section.options.get("modules_to_save") or []
+        given = section.saved_whole
         inject(network, method_config(section, modules_to_save=[*dict.fromkeys([*given, *heads])]))
     adapted = {path: repr(cell).split("\n")[0] for one in injections(network) for path, cell in one.adapted.items()}
     parameters = list(network.get_parameters())
@@ -112,26 +114,27 @@ def merge_run(directory: str | Path, target: str | Path) -> None:
         ValueError: the run's method cannot merge.
     """
     target = Path(target)
-    if (target / "model.safetensors").exists():
-        raise RunFileError(f"{target} holds a model already: choose another directory.")
-    config, network, labels = load_tuned(directory)
+    _require_empty(target, "config.json", "model.safetensors", "adapter_config.json")
+    config, network, labels = _finished(directory)
     if config.method.name != "full":
         merge_and_eject(network)
     target.mkdir(parents=True, exist_ok=True)
     source = Path(config.model.path)
     content = _files.read_json(source / "config.json")
     names = {str(index): label for index, label in enumerate(labels)}
+    pooling = {"mindpet_pooling": config.model.pooling}
     head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}}
-    _files.write_json(target / "config.json", {**content, "architectures": [type(network).__name__], **head})
+    save_tensors(network, target)
+    _files.write_json(target / "config.json", {**content, "architectures": [type(network).__name__], **pooling, **head})
     for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
-    save_tensors(network, target)
 
 
 def export_run(directory: str | Path, target: str | Path) -> None:
     """The delta of a finished run as a directory that Hugging Face PEFT loads."""
-    config, network, _ = load_tuned(directory)
+    _require_empty(target, "adapter_config.json", "config.json")
+    config, network, _ = _finished(directory)
     save_peft(network, target, base_model=config.model.path, task_type="SEQ_CLS")
 
 
@@ -144,6 +147,7 @@ def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: 
         target: directory to write the delta to.
         labels: classes of the head; those of the adapter's own head when None.
     """
+    _require_empty(target, "delta.safetensors", "config.json")
     network = open_network(model, labels or _labels_of(Path(adapter)))
     load_peft(network, adapter)
     save_delta(network, target)
@@ -160,6 +164,23 @@ def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: 
         0,
         [],
     )
+
+
+def pooling_of(directory: str | Path) -> str:
+    """What the head of a run sees: ``mean`` or ``pooler``. Hugging Face's class for classification knows the latter."""
+    return load_run(Path(directory) / "run.yaml").model.pooling
+
+
+def _finished(directory: str | Path) -> tuple[RunConfig, nn.Cell, list[str]]:
+    if unfinished(directory) and (Path(directory) / "run.yaml").is_file():
+        raise RunFileError(f"The run in {directory} is not finished: go on with mindpet finetune --resume.")
+    return load_tuned(directory)
+
+
+def _require_empty(target: str | Path, *names: str) -> None:
+    there = [name for name in names if (Path(target) / name).exists()]
+    if there:
+        raise RunFileError(f"{target} has a {there[0]} already: choose another directory.")
 
 
 def methods_table() -> list[dict[str, str]]:

@@ -62,6 +62,12 @@ class MethodSection(BaseModel):
         """The method's own keys."""
         return dict(self.model_extra or {})
 
+    @property
+    def saved_whole(self) -> list[str]:
+        """What the file names under ``modules_to_save``, one pattern or several."""
+        given = self.options.get("modules_to_save") or []
+        return [given] if isinstance(given, str) else list(given)
+
 
 class DataSection(_Section):
     """Labelled text: JSON lines, CSV, TSV, or one folder per label."""
@@ -153,6 +159,7 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None) -> Run
     """
     content = _read(Path(path)) if path is not None else {}
     problems: list[str] = []
+    _forget_other_method(content, overrides or ())
     _apply_overrides(content, overrides or (), problems)
     try:
         config = RunConfig.model_validate(content)
@@ -180,6 +187,14 @@ def read_overrides(overrides: list[str]) -> dict[str, Any]:
     if problems:
         raise RunFileError("\n".join(problems))
     return content
+
+
+def _forget_other_method(content: dict[str, Any], overrides: Iterable[str]) -> None:
+    """An override of ``method.name`` leaves nothing of the file's method: its options are not the new one's."""
+    wanted = next((word.partition("=")[2] for word in overrides if word.startswith("method.name=")), None)
+    section = content.get("method")
+    if wanted is not None and isinstance(section, dict) and section.get("name", "lora") != wanted:
+        content["method"] = {}
 
 
 def _apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:
@@ -232,8 +247,8 @@ def method_config(section: MethodSection, **more: Any) -> Any:
     known = [entry.name for entry in dataclasses.fields(kind)]
     wrong = [key for key in section.options if key not in known]
     if wrong:
-        hints = [_near(key, known) for key in wrong]
-        listed = ", ".join(f"{key}{hint}" for key, hint in zip(wrong, hints))
+        nearest = [difflib.get_close_matches(key, known, n=1) for key in wrong]
+        listed = ", ".join(key + (f" (did you mean {near[0]!r}?)" if near else "") for key, near in zip(wrong, nearest))
         raise ValueError(f"'{section.name}' has no option {listed}; its options are {', '.join(known)}")
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in section.options.items()}
     return kind(**{**options, **more})

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +150,7 @@ class Fit:
         test: Encoded,
         directory: Path,
         reporter: Reporter | None = None,
-        save: Callable[[nn.Cell, Path], None] = save_delta,
+        save: Callable[[nn.Cell, Path], None] = partial(save_delta, hash_weights=True),  # noqa: B008
     ):
         self.network, self.config, self.train, self.test = network, config, train, test
         self.directory, self.reporter, self.save = directory, reporter or Reporter(), save
@@ -262,7 +263,7 @@ class Fit:
             self._save()
         if self._stop:
             raise Interrupted(
-                f"Stopped by {self._stop} after step {progress.step} of {self.total}; it is saved.\n"
+                f"Stopped after step {progress.step} of {self.total}; it is saved.\n"
                 f"Go on with: mindpet finetune {shlex.quote(str(self.directory / 'run.yaml'))} --resume"
             )
         if enough and not end:

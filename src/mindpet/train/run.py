@@ -130,7 +130,7 @@ def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
         raise RunFileError(f"The model in {config.model.path} has no pooler: use model.pooling=mean.")
     if config.method.name == "full":
         return network
-    given = config.method.options.get("modules_to_save") or []
+    given = config.method.saved_whole
     return inject(network, method_config(config.method, modules_to_save=tuple(dict.fromkeys([*given, "classifier"]))))
 
 
@@ -190,6 +190,7 @@ def finetune(
         for name in ("delta.safetensors", "delta.json"):
             (directory / "delta" / name).unlink(missing_ok=True)
         _files.write_json(directory / "labels.json", prepared.labels)
+        _files.write_json(directory / "data.json", {"held_out": prepared.test.digest()})
         before = fit.evaluate().as_record()
         _files.write_json(directory / "before.json", before)
         _files.write_text(directory / "run.yaml", as_yaml(config))
@@ -240,6 +241,15 @@ def load_tuned(directory: str | Path, overrides: list[str] | None = None) -> tup
     return config, network, labels
 
 
+def unfinished(directory: str | Path) -> str:
+    """A sentence on a run that has a delta but did not end, or nothing."""
+    if (Path(directory) / "report.json").is_file():
+        return ""
+    return (
+        f"The run in {directory} is not finished; its best delta so far is used. Go on with mindpet finetune --resume."
+    )
+
+
 def evaluate(
     directory: str | Path, overrides: list[str] | None = None, reporter: Reporter | None = None
 ) -> tuple[Scores, list[str]]:
@@ -254,6 +264,12 @@ def evaluate(
     else:
         _, test = prepare_rows(config, reporter)
     rows = encode(tokenizer, test, labels, config.data.max_length)
+    known = _files.read_json(Path(directory) / "data.json", RunFileError).get("held_out")
+    if config.data.test is None and rows.digest() != known:
+        raise DataError(
+            f"{config.data.train} has changed since the run, so which rows were held out is not known any more: name a "
+            "file with data.test=FILE."
+        )
     logits = predict_logits(network, rows, config.train.batch_size)
     return score(logits, rows.columns["labels"][: rows.count]), labels
 
