@@ -227,3 +227,39 @@ def test_export_and_import_are_inverse(tuned, tmp_path):
     ours, theirs = (load_file(folder / "delta.safetensors") for folder in (directory / "delta", tmp_path / "delta"))
     assert ours.keys() == theirs.keys()
     assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_merge_and_export_take_a_model_or_a_factory_with_a_delta(tuned, tmp_path, monkeypatch):
+    import mindpet
+
+    directory, _, _ = tuned
+    model = yaml.safe_load((directory / "run.yaml").read_text())["model"]["path"]
+    for source, options in ((directory / "run.yaml", []), (model, ["--delta", directory / "delta"])):
+        name = f"merged-{len(options)}"
+        code, output = invoke("merge", source, tmp_path / name, *options)
+        assert code == 0, output
+    ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("merged-0", "merged-2"))
+    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+    (tmp_path / "more_networks.py").write_text(
+        "import mindspore as ms\nfrom mindspore import nn\n\n"
+        "def build():\n    ms.set_seed(1)\n    return nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 2))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    from more_networks import build
+
+    network = mindpet.inject(build(), mindpet.LoRAConfig(rank=2, targets=["0"]))
+    network[0].mindpet_delta_lora_b.set_data(ms.ops.ones_like(network[0].mindpet_delta_lora_b))
+    mindpet.save_delta(network, tmp_path / "delta")
+    monkeypatch.chdir(tmp_path)
+    code, output = invoke("merge", "more_networks:build", "merged", "--delta", "delta")
+    assert code == 0, output
+    mindpet.merge(network)
+    np.testing.assert_array_equal(load_file("merged/model.safetensors")["0.weight"], network[0].weight.asnumpy())
+    code, output = invoke("export", "more_networks:build", "adapter", "--delta", "delta")
+    assert code == 0, output
+    code, output = invoke("import", "adapter", "again", "--model", "more_networks:build")
+    assert code == 0, output
+    ours, theirs = (load_file(f"{name}/delta.safetensors") for name in ("delta", "again"))
+    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+    for command in ("merge", "export"):
+        assert invoke(command, model, tmp_path / "merged-2", "--delta", directory / "delta")[0] == 2

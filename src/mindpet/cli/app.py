@@ -28,6 +28,11 @@ Overrides = Annotated[
         metavar="[SECTION.KEY=VALUE]...", help="Override keys of the run file: train.epochs=3 method.rank=4"
     ),
 ]
+TunedSource = Annotated[
+    str,
+    typer.Argument(help="A finished run: its directory or run file. With --delta, a model or package.module:factory."),
+]
+DeltaOption = Annotated[Optional[Path], typer.Option("--delta", help="A delta directory to use on the source.")]  # noqa: UP045
 RunDirectory = Annotated[Path, typer.Argument(help="The output directory of a finished run.")]
 
 
@@ -192,37 +197,44 @@ def methods() -> None:
 
 @app.command()
 def merge(
-    directory: RunDirectory,
+    source: TunedSource,
     target: Annotated[Path, typer.Argument(help="Directory for the merged model.")],
+    delta: DeltaOption = None,
 ) -> None:
-    """Write the model of a finished run with the delta folded into its weights.
+    """Write a model with a delta folded into its weights.
 
     Examples:
       mindpet merge runs/latest models/headlines
+
+      mindpet merge models/minilm models/theirs --delta deltas/theirs
     """
     with _readable_errors():
-        from mindpet.train.artifacts import merge_run, pooling_of
+        from mindpet.train.artifacts import merge_into
 
-        merge_run(directory, target)
-        _note(_POOLING if pooling_of(directory) == "mean" else "")
-        typer.echo(f"Wrote {target}: config.json, model.safetensors and the tokenizer, as on Hugging Face.")
+        tuned = merge_into(source, target, delta)
+        _note(_POOLING if tuned.pooling == "mean" else "")
+        names = ", ".join(sorted(path.name for path in target.iterdir()))
+        typer.echo(f"Wrote {target}: {names}.")
 
 
 @app.command()
 def export(
-    directory: RunDirectory,
+    source: TunedSource,
     target: Annotated[Path, typer.Argument(help="Directory for the adapter.")],
+    delta: DeltaOption = None,
 ) -> None:
-    """Write the delta of a finished run as an adapter for Hugging Face PEFT.
+    """Write a delta as an adapter for Hugging Face PEFT.
 
     Examples:
       mindpet export runs/latest adapters/headlines
+
+      mindpet export models/minilm adapters/ours --delta deltas/ours
     """
     with _readable_errors():
-        from mindpet.train.artifacts import export_run, pooling_of
+        from mindpet.train.artifacts import export_to
 
-        export_run(directory, target)
-        _note(_POOLING if pooling_of(directory) == "mean" else "")
+        tuned = export_to(source, target, delta)
+        _note(_POOLING if tuned.pooling == "mean" else "")
         typer.echo(f"Wrote {target}. In PyTorch: PeftModel.from_pretrained(model, {str(target)!r})")
 
 
@@ -230,7 +242,7 @@ def export(
 def import_(
     adapter: Annotated[Path, typer.Argument(help="Directory of a Hugging Face PEFT adapter.")],
     target: Annotated[Path, typer.Argument(help="Directory for the delta.")],
-    model: Annotated[str, typer.Option(help="Directory of the base model.")],
+    model: Annotated[str, typer.Option(help="Directory of the base model, or package.module:factory.")],
     labels: Annotated[Optional[int], typer.Option(help="Classes of the head; the adapter's own by default.")] = None,  # noqa: UP045
 ) -> None:
     """Read an adapter of Hugging Face PEFT and write it as a delta for mindpet.load_delta.

@@ -12,13 +12,13 @@ from mindspore import nn
 
 from mindpet import _checks, _files
 from mindpet.delta.registry import METHODS, method_of
-from mindpet.graph.deltas import save_delta
+from mindpet.graph.deltas import load_delta, read_delta, save_delta
 from mindpet.graph.inject import inject, injections
 from mindpet.graph.merge import merge_and_eject
 from mindpet.interop.hf_peft import load_peft, save_peft
 from mindpet.models.bert import BertForSequenceClassification
 from mindpet.models.loading import save_tensors
-from mindpet.train.config import MethodSection, RunConfig, RunFileError, load_run, method_config, read_overrides
+from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
 from mindpet.train.run import load_tuned, unfinished
 
 
@@ -106,36 +106,76 @@ def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
     )
 
 
-def merge_run(directory: str | Path, target: str | Path) -> None:
-    """The model of a finished run with the delta in its weights, as a directory in Hugging Face's layout.
+@dataclass(frozen=True)
+class Tuned:
+    """A network with a delta in it, and what is known of where it comes from.
+
+    Attributes:
+        network: with the delta, not merged.
+        model: directory of the base model, or None for a factory's network.
+        labels: of the head, in order; empty when unknown.
+        pooling: what the head sees, ``mean`` or ``pooler``; empty when unknown.
+    """
+
+    network: nn.Cell
+    model: str | None
+    labels: list[str]
+    pooling: str
+
+
+def open_tuned(source: str, delta: str | Path | None = None) -> Tuned:
+    """The network of a finished run (its directory or its run file), or `delta` on a model directory or a factory.
 
     Raises:
-        RunFileError: not a finished run; `target` holds a model already.
-        ValueError: the run's method cannot merge.
+        RunFileError: no such run, or one that is not finished.
+        DeltaFileError: the delta does not fit.
+    """
+    if delta is not None:
+        head = read_delta(delta)[2].get("classifier.weight")
+        network = load_delta(open_network(source, len(head) if head is not None else 2), delta)
+        return Tuned(network, source if os.path.isdir(source) else None, [], "")
+    directory = Path(load_run(source).output.directory if source.endswith((".yaml", ".yml")) else source)
+    if unfinished(directory) and (directory / "run.yaml").is_file():
+        raise RunFileError(f"The run in {directory} is not finished: go on with mindpet finetune --resume.")
+    config, network, labels = load_tuned(directory)
+    return Tuned(network, config.model.path, labels, config.model.pooling)
+
+
+def merge_into(source: str, target: str | Path, delta: str | Path | None = None) -> Tuned:
+    """Write the network of :func:`open_tuned` with the delta in its weights.
+
+    A model directory stays one in Hugging Face's layout; a factory's network becomes ``model.safetensors`` alone.
+
+    Raises:
+        RunFileError: `target` holds a model already; what :func:`open_tuned` raises.
+        ValueError: the method cannot merge.
     """
     target = Path(target)
     _require_empty(target, "config.json", "model.safetensors", "adapter_config.json")
-    config, network, labels = _finished(directory)
-    if config.method.name != "full":
-        merge_and_eject(network)
-    target.mkdir(parents=True, exist_ok=True)
-    source = Path(config.model.path)
-    content = _files.read_json(source / "config.json")
-    names = {str(index): label for index, label in enumerate(labels)}
-    pooling = {"mindpet_pooling": config.model.pooling}
-    head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}}
-    save_tensors(network, target)
-    _files.write_json(target / "config.json", {**content, "architectures": [type(network).__name__], **pooling, **head})
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    tuned = open_tuned(source, delta)
+    if injections(tuned.network):
+        merge_and_eject(tuned.network)
+    save_tensors(tuned.network, target)
+    if tuned.model is not None:
+        base = Path(tuned.model)
+        names = {str(index): label for index, label in enumerate(tuned.labels)}
+        head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}} if names else {}
+        pooling = {"mindpet_pooling": tuned.pooling} if tuned.pooling else {}
+        content = _files.read_json(base / "config.json")
+        kind = {"architectures": [type(tuned.network).__name__]}
+        _files.write_json(target / "config.json", {**content, **kind, **pooling, **head})
+        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
+            if (base / name).is_file():
+                shutil.copyfile(base / name, target / name)
+    return tuned
 
 
-def export_run(directory: str | Path, target: str | Path) -> None:
-    """The delta of a finished run as a directory that Hugging Face PEFT loads."""
+def export_to(source: str, target: str | Path, delta: str | Path | None = None) -> Tuned:
+    """Write the delta of :func:`open_tuned` as a directory that Hugging Face PEFT loads."""
     _require_empty(target, "adapter_config.json", "config.json")
-    config, network, _ = _finished(directory)
-    save_peft(network, target, base_model=config.model.path, task_type="SEQ_CLS")
+    tuned = open_tuned(source, delta)
+    save_peft(tuned.network, target, base_model=tuned.model, task_type="SEQ_CLS" if tuned.model else None)
+    return tuned
 
 
 def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: int | None = None) -> Inspection:
@@ -164,17 +204,6 @@ def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: 
         0,
         [],
     )
-
-
-def pooling_of(directory: str | Path) -> str:
-    """What the head of a run sees: ``mean`` or ``pooler``. Hugging Face's class for classification knows the latter."""
-    return load_run(Path(directory) / "run.yaml").model.pooling
-
-
-def _finished(directory: str | Path) -> tuple[RunConfig, nn.Cell, list[str]]:
-    if unfinished(directory) and (Path(directory) / "run.yaml").is_file():
-        raise RunFileError(f"The run in {directory} is not finished: go on with mindpet finetune --resume.")
-    return load_tuned(directory)
 
 
 def _require_empty(target: str | Path, *names: str) -> None:
