@@ -334,3 +334,20 @@ def test_ranks_added_in_loading_can_train(tmp_path):
     x = Tensor(np.random.default_rng(1).standard_normal((16, 6)).astype(np.float32))
     (gradient,) = ms.grad(lambda rows: wide(rows).sum(), None, weights)(x)
     assert (np.abs(gradient.asnumpy()) > 0).any(axis=0).all()  # each of the four ranks
+
+
+def test_a_path_that_begins_like_another_is_fitted_once(tmp_path, rng):
+    def eleven(alpha):
+        cell = nn.SequentialCell(*[nn.Dense(3, 3) for _ in range(11)])
+        inject(cell, LoRAConfig(rank=2, alpha=alpha, targets=["1"]))
+        return inject(cell, LoRAConfig(rank=2, alpha=alpha, targets=["10"]))
+
+    source = eleven(4)
+    base = {p.name: ms.Parameter(p.value(), name=p.name) for p in source.get_parameters() if "delta" not in p.name}
+    for parameter in source.trainable_params():
+        parameter.set_data(Tensor(0.3 * rng.standard_normal(parameter.shape).astype(np.float32)))
+    save_delta(source, tmp_path)
+    other = eleven(8)
+    ms.load_param_into_net(other, base)
+    x = Tensor(rng.standard_normal((4, 3)).astype(np.float32))
+    np.testing.assert_allclose(load_delta(other, tmp_path)(x).asnumpy(), source(x).asnumpy(), atol=1e-5)

@@ -142,7 +142,7 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
     else:
         try:
             for one, there in _paired(injections(network), configs):
-                mine = {n: v for n, v in tensors.items() if n.rpartition(".")[0].startswith(tuple(one.adapted))}
+                mine = {n: v for n, v in tensors.items() if n.startswith(tuple(f"{path}." for path in one.adapted))}
                 tensors = {**tensors, **method_of(there).fit(one.config, there, mine)}
         except ValueError as error:
             raise DeltaFileError(f"The delta in {directory} does not fit this network: {error}.") from error

@@ -74,7 +74,7 @@ def merge(network: nn.Cell) -> nn.Cell:
     for one in merged.values():
         one.weight.set_data(Tensor(sums[id(one.adapted)]))
     replace_cells(network, plain)
-    vars(network)[MERGED] = {**merged_cells(network), **merged}
+    vars(network)[MERGED] = merged
     return network
 
 

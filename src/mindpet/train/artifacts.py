@@ -87,22 +87,26 @@ def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
         section = MethodSection.model_validate(read_overrides(overrides or []).get("method", {}))
         network = open_network(source)
         heads = ["classifier"] if os.path.isdir(source) else []
-    dense = [path for path, cell in _dense_layers(network).items()]
+    dense = list(_dense_layers(network))
     if section.name != "full":
-        given = section.saved_whole
-        inject(network, method_config(section, modules_to_save=[*dict.fromkeys([*given, *heads])]))
+        inject(network, method_config(section, modules_to_save=[*dict.fromkeys([*section.saved_whole, *heads])]))
+    return _describe(network, section.name, [path for path in dense if not path.startswith(tuple(heads) or "\0")])
+
+
+def _describe(network: nn.Cell, method: str, dense: list[str]) -> Inspection:
+    """What an injected network holds; of the paths `dense`, those that are not adapted are left."""
     adapted = {path: repr(cell).split("\n")[0] for one in injections(network) for path, cell in one.adapted.items()}
     parameters = list(network.get_parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return Inspection(
-        method=section.name,
+        method=method,
         adapted=adapted,
         trained={p.name: p.size for p in trained if not any(p.name.startswith(f"{path}.") for path in adapted)},
         trainable=sum(p.size for p in trained),
         total=sum(p.size for p in parameters),
         bytes_of_weights=sum(p.size * p.itemsize for p in parameters),
         bytes_of_training=sum(3 * p.size * p.itemsize for p in trained),
-        left=[path for path in dense if path not in adapted and not path.startswith(tuple(heads) or "\0")],
+        left=[path for path in dense if path not in adapted],
     )
 
 
@@ -191,19 +195,7 @@ def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: 
     network = open_network(model, labels or _labels_of(Path(adapter)))
     load_peft(network, adapter)
     save_delta(network, target)
-    config = injections(network)[0].config
-    adapted = {path: repr(cell) for one in injections(network) for path, cell in one.adapted.items()}
-    trained = list(network.trainable_params())
-    return Inspection(
-        method_of(config).name,
-        adapted,
-        {},
-        sum(p.size for p in trained),
-        sum(p.size for p in network.get_parameters()),
-        0,
-        0,
-        [],
-    )
+    return _describe(network, method_of(injections(network)[0].config).name, [])
 
 
 def _require_empty(target: str | Path, *names: str) -> None:
