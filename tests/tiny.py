@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from mindpet.models import BertConfig, BertForSequenceClassification
 from mindpet.models.loading import hugging_face_name
@@ -82,3 +82,67 @@ def overrides(model: Path, train: Path, output: Path, *more: str) -> list[str]:
         "train.learning_rate=0.01",
         *more,
     ]
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + "
+    "'\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LANGUAGE_SIZES = {
+    "vocab_size": 300,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "tie_word_embeddings": False,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+
+
+def write_language_model(directory: Path, seed: int = 5, chat: bool = True, **changes) -> Path:
+    """config.json, model.safetensors, tokenizer.json and tokenizer_config.json of a tiny LLaMA."""
+    from mindpet.models.llama import LlamaConfig, LlamaForCausalLM
+
+    directory.mkdir(parents=True, exist_ok=True)
+    content = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **LANGUAGE_SIZES, **changes}
+    (directory / "config.json").write_text(json.dumps(content))
+    generator = np.random.default_rng(seed)
+    tensors = {}
+    for parameter in LlamaForCausalLM(LlamaConfig.from_content(content, "tiny")).get_parameters():
+        value = generator.standard_normal(parameter.shape).astype(np.float32) * 0.2
+        tensors[hugging_face_name(parameter.name)] = value + 1 if "norm" in parameter.name else value
+    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    language_tokenizer().save(str(directory / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
+    (directory / "tokenizer_config.json").write_text(
+        json.dumps({**settings, **({"chat_template": CHAT_TEMPLATE} if chat else {})})
+    )
+    return directory
+
+
+def language_tokenizer() -> Tokenizer:
+    """Byte-level BPE, trained on the sentences of :func:`stories`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=LANGUAGE_SIZES["vocab_size"],
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(stories(200).splitlines(), trainer)
+    return tokenizer
+
+
+def stories(lines: int, seed: int = 0) -> str:
+    """Sentences, one a line."""
+    return "".join(row["text"] + "\n" for row in sentences(lines, seed))
+
+
+def questions(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """A sentence for a prompt, and its topic for a response."""
+    return [{"prompt": row["text"], "response": row["label"]} for row in sentences(count, seed)]

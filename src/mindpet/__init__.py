@@ -16,7 +16,9 @@ _HOMES = {
     "METHODS": "mindpet.delta",
     "MixedDeltas": "mindpet.graph",
     "PTuning2Config": "mindpet.delta",
+    "ParallelConfig": "mindpet.parallel",
     "PrefixConfig": "mindpet.delta",
+    "accelerate": "mindpet.kernels",
     "combine": "mindpet.graph",
     "disable": "mindpet.graph",
     "eject": "mindpet.graph",
@@ -27,6 +29,7 @@ _HOMES = {
     "merge_and_eject": "mindpet.graph",
     "save_delta": "mindpet.graph",
     "save_peft": "mindpet.interop.hf_peft",
+    "shard_like": "mindpet.parallel",
     "targets": "mindpet.graph",
     "unmerge": "mindpet.graph",
     "use": "mindpet.graph",
@@ -59,6 +62,8 @@ if TYPE_CHECKING:
     )
     from mindpet.graph import find_targets as targets  # noqa: F401
     from mindpet.interop.hf_peft import load_peft, save_peft  # noqa: F401
+    from mindpet.kernels import accelerate  # type: ignore[no-redef]  # noqa: F401
+    from mindpet.parallel import ParallelConfig, shard_like  # noqa: F401
 
 
 def __getattr__(name: str) -> Any:

@@ -24,6 +24,12 @@ class NotPositiveError(TypeError, ValueError):
     """An int that is zero or negative: the user document calls it a TypeError in places, a ValueError in others."""
 
 
+class NothingFitsError(ValueError):
+    """A method finds nothing in a network that it could adapt or train."""
+
+    exit_code = 3
+
+
 def shown(value: Any) -> str:
     """The value and its type, short enough for a message."""
     text = repr(value)

@@ -8,7 +8,9 @@ import mindspore as ms
 from mindspore import nn
 from mindspore.common import api
 from mindspore.common import initializer as _initializer
+from mindspore.communication import GlobalComm, get_group_size
 from mindspore.nn.layer import activation as _activation
+from mindspore.parallel._auto_parallel_context import auto_parallel_context
 from mindspore.train import CheckpointConfig
 from mindspore.train.callback import _checkpoint
 from mindspore.train.callback._checkpoint import CheckpointManager as CheckpointManager
@@ -22,6 +24,29 @@ def device_target() -> str:
 def in_parallel_compile_mode() -> bool:
     """Whether operators are cut by their strategies: only these two modes read them."""
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")
+
+
+def device_count() -> int | None:
+    """How many devices the operators of a pipeline stage are cut over; None where that is not known yet."""
+    if not in_parallel_compile_mode():
+        return None
+    if auto_parallel_context().get_device_num_is_set():
+        devices = ms.get_auto_parallel_context("device_num")
+    elif GlobalComm.INITED:
+        devices = get_group_size()
+    else:
+        return None
+    return devices // ms.get_auto_parallel_context("pipeline_stages")
+
+
+def strategy_of(operator: Any) -> Any:
+    """The strategy that is written on an operator, or None."""
+    return operator.get_attr_dict().get("in_strategy")
+
+
+def has_layouts(operator: Any) -> bool:
+    """Whether an operator is cut by Layouts, MindSpore's other way to write a strategy."""
+    return operator.get_attr_dict().get("in_layout") is not None
 
 
 def activation_classes() -> dict[str, type[nn.Cell]]:
@@ -75,6 +100,12 @@ def forced_dtype(cell: nn.Cell) -> Any:
     flags = cell.get_flags()
     names = {"fp16": ms.float16, "fp32": ms.float32, "bf16": ms.bfloat16}
     return next((dtype for name, dtype in names.items() if flags.get(name)), None)
+
+
+def has_hooks(cell: nn.Cell) -> bool:
+    """Whether somebody watches what goes through this Cell."""
+    names = ("_forward_pre_hook", "_forward_hook", "_backward_pre_hook", "_backward_hook", "_cell_backward_hook")
+    return any(getattr(cell, name, None) for name in names)
 
 
 def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:

@@ -192,7 +192,7 @@ def test_hidden_size_must_fit_the_heads():
 
 @pytest.mark.models
 def test_real_weights_give_the_reference_cosines(mode, minilm):
-    from mindpet.train.data import load_tokenizer
+    from mindpet.models.pretrained import load_tokenizer
 
     tokenizer = load_tokenizer(minilm)
     tokenizer.no_truncation()

@@ -3,7 +3,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mindpet.train.data import DataError, Rows, encode, load_tokenizer, overlapping, read_rows, split_rows
+from mindpet.models.pretrained import load_tokenizer
+from mindpet.train.data import DataError, Rows, encode, overlapping, read_rows, split_rows
 from mindpet.train.step import IGNORED
 from tests.tiny import write_model
 

@@ -374,7 +374,9 @@ def test_the_folder_has_everything(inputs, tmp_path):
     }  # fmt: skip
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
-    assert set(first) == {"step", "epoch", "loss", "learning_rate", "gradient_norm", "samples_per_second"}
+    assert set(first) == {
+        "step", "epoch", "loss", "learning_rate", "gradient_norm", "seconds", "samples_per_second", "tokens_per_second"
+    }  # fmt: skip
 
 
 @pytest.mark.usefixtures("back_to_pynative")
@@ -386,3 +388,26 @@ def test_predictions_come_with_probabilities(inputs, tmp_path):
         assert list(chances.values()) == sorted(chances.values(), reverse=True)
         assert sum(chances.values()) == pytest.approx(1)
     assert next(iter(predictions[0])) == "sea"
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_a_model_in_a_single_file_is_tuned_and_merged_into_a_directory(tmp_path):
+    from mindpet.train import artifacts
+    from tests.models.test_e5 import tensors_of, write_file
+
+    model = tmp_path / "e5.bin"
+    write_file(model, tensors_of(np.random.default_rng(0)))
+    rows = [{"text": text, "label": text[0]} for text in ("海", "a a", "é", "海 a", "a é", "é 海") * 5]
+    rows = [{**row, "text": f"{row['text']} {'a' * (number % 7)}"} for number, row in enumerate(rows)]
+    config = settings((model, write_rows(tmp_path / "rows.jsonl", rows)), tmp_path / "out", "train.mode=pynative")
+    report = run.finetune(config)
+    assert report["task"] == "classification"
+    assert report["model_bytes"] == model.stat().st_size
+    predictions = run.infer(tmp_path / "out", ["海 a"])
+    artifacts.merge_into(str(tmp_path / "out"), tmp_path / "merged")
+    assert {path.name for path in (tmp_path / "merged").iterdir()} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"
+    }  # fmt: skip
+    again = write_rows(tmp_path / "again.jsonl", rows)
+    run.finetune(settings((tmp_path / "merged", again), tmp_path / "more", "train.mode=pynative"))
+    assert set(predictions[0]) == {"海", "a", "é"}

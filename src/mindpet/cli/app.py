@@ -83,17 +83,95 @@ def finetune(
 
 
 @app.command()
+def compare(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    methods: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,NAME", help="Methods, instead of compare.methods; each also as METHOD+r_drop."),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N,N", help="Seeds, instead of compare.seeds."),
+    ] = None,
+    search: Annotated[
+        bool, typer.Option("--search", help="Look for each method's learning rate first, on training rows only.")
+    ] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD[:SEED]", help="Run these cells alone; may be given several times."),
+    ] = None,
+    redo: Annotated[
+        list[str] | None,
+        typer.Option(metavar="METHOD[:SEED]", help="Begin these cells anew although they are finished."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Cells at a time; they share the cores.")] = 1,
+) -> None:
+    r"""Compare methods on your model and data, over several seeds.
+
+    One run of each method for each seed, each in a process and a directory of
+    its own. What is finished is kept: after [bold]Ctrl-C[/bold], a crash or a change of
+    settings the same command does what is missing, and an interrupted run goes
+    on from its last save. The output directory gets comparison.md, .csv, .json
+    and .png, written anew after every run: quality, trained share, memory and
+    time of each method.
+
+    Each method starts from its own usual learning rate. What you set in the
+    file's section train holds for all of them, what stands in its section method
+    for that method only, and compare.settings is for one method each:
+
+      compare:
+        methods: \[lora, full, lora+r_drop]  # r_drop is full tuning with it
+        seeds: \[0, 1, 2]
+        settings: {lora: {method.rank: 4}, full: {train.learning_rate: 5e-5}}
+
+    Quality is that of the last step, on held-out rows that are the same for all;
+    train.keep_best and train.early_stopping are off, since they would choose on
+    those rows.
+
+    Examples:
+      mindpet compare run.yaml
+
+      mindpet compare run.yaml --methods lora,bitfit,full --seeds 0,1,2 --search
+
+      mindpet compare run.yaml --only lora:1 --redo lora:1
+    """
+    with _readable_errors():
+        from mindpet.train.config import RunFileError, load_run
+
+        config = load_run(run_file, overrides)
+        from mindpet.cli.board import Board, print_comparison
+        from mindpet.train.compare import compare as run_comparison
+        from mindpet.train.comparison.plan import make_plan
+
+        try:
+            numbers = [int(word) for word in seeds.split(",")] if seeds else None
+        except ValueError:
+            raise RunFileError(f"--seeds takes whole numbers with commas between them, not {seeds!r}.") from None
+        plan = make_plan(config, methods.split(",") if methods else None, numbers)
+        with Board() as board:
+            result = run_comparison(plan, board, search=search, only=only, redo=redo, jobs=jobs)
+        print_comparison(board.console, result, plan.directory)
+        for cell, words in result["failures"].items():
+            typer.secho(f"\n{cell} failed:\n{words}", fg="red", err=True)
+        if result["failures"]:
+            raise typer.Exit(1)
+
+
+@app.command()
 def evaluate(
     directory: RunDirectory,
     overrides: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Score a tuned model on its held-out rows, or on others.
+    """Score a tuned model on its held-out rows, or on others: accuracy, or a language model's perplexity.
 
     Examples:
       mindpet evaluate runs/latest
 
       mindpet evaluate runs/latest data.test=other.jsonl
+
+      mindpet evaluate runs/shakespeare data.test=sonnets.txt
     """
     with _readable_errors():
         from mindpet.cli.screen import Screen, print_scores
@@ -103,13 +181,7 @@ def evaluate(
         _note(run.unfinished(directory))
         scores, labels = run.evaluate(directory, overrides, screen)
         if as_json:
-            content = {
-                **scores.as_record(),
-                "rows": scores.rows,
-                "labels": labels,
-                "confusion": scores.confusion.tolist(),
-            }
-            typer.echo(json.dumps(content, ensure_ascii=False))
+            typer.echo(json.dumps(scores.in_full(labels), ensure_ascii=False))
         else:
             print_scores(screen.console, scores, labels)
 
@@ -179,6 +251,47 @@ def inspect(
         from mindpet.train.artifacts import inspect as look
 
         print_inspection(Screen().console, look(source, overrides))
+
+
+@app.command()
+def summary(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A run file, a directory of weights, or a .gguf or e5 .bin file."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A known network, llama-7b for instance; no files needed.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="One method; may be given several times. All by default.")
+    ] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam, adamw or sgd (with momentum).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of the weights: float32 or float16.")] = None,
+    labels: Annotated[int, typer.Option(help="Classes of a classifier's head.")] = 2,
+) -> None:
+    """Count what each method would train, and the memory for weights and optimizer. No weights are read.
+
+    The options of a run file's section method, and its optimizer, are those counted.
+
+    Examples:
+      mindpet summary --preset llama-7b --dtype float16
+
+      mindpet summary models/minilm --method lora --method bitfit --optimizer sgd
+
+      mindpet summary run.yaml
+    """
+    with _readable_errors():
+        from mindpet.cli.board import print_summary
+        from mindpet.train.config import load_run
+        from mindpet.train.summary_table import sizes_of, summary_table
+
+        options = {}
+        if source is not None and source.endswith((".yaml", ".yml")):
+            config = load_run(Path(source))
+            source, optimizer = config.model.path, optimizer or config.train.optimizer
+            options = {config.method.name: config.method.options}
+        title, content = sizes_of(source, preset)
+        network = preset if preset is not None else content
+        rows = summary_table(network, method or [], options, optimizer=optimizer or "adam", dtype=dtype, labels=labels)
+        print_summary(title, rows, optimizer or "adam")
 
 
 @app.command()

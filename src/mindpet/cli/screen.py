@@ -10,12 +10,19 @@ from rich.table import Table
 from rich.text import Text
 
 from mindpet.train.fit import Reporter
+from mindpet.train.metrics import LanguageScores, Scores
 
 if TYPE_CHECKING:
     from mindpet.train.artifacts import Inspection
-    from mindpet.train.metrics import Scores
 
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
+_SCORES = (
+    ("accuracy", "accuracy", "{:.2%}"),
+    ("macro_f1", "macro F1", "{:.3f}"),
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("token_accuracy", "token accuracy", "{:.2%}"),
+    ("evaluation_loss", "loss", "{:.3f}"),
+)  # key of a record, its name, its format; a record has those of its task
 
 
 class Screen(Reporter):
@@ -51,8 +58,8 @@ class Screen(Reporter):
 
     def step(self, record: dict[str, Any]) -> None:
         """Move the bar, or print a line every few seconds."""
-        rate, speed = record["learning_rate"], record["samples_per_second"]
-        figures = f"loss {record['loss']:.3f}  rate {rate:.1e}  {speed:.0f} samples/s"
+        rate, speed, tokens = record["learning_rate"], record["samples_per_second"], record["tokens_per_second"]
+        figures = f"loss {record['loss']:.3f}  rate {rate:.1e}  {speed:.3g} samples/s  {tokens:.0f} tokens/s"
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         elif time.monotonic() - self.last_line >= _LINE_EVERY or record["step"] == self.total:
@@ -63,10 +70,8 @@ class Screen(Reporter):
 
     def evaluation(self, record: dict[str, Any], best: bool) -> None:
         """A line for each evaluation."""
-        self.message(
-            f"step {record['step']}: held-out accuracy {record['accuracy']:.2%}, macro F1 {record['macro_f1']:.3f}, "
-            f"loss {record['evaluation_loss']:.3f}{'  (best so far)' if best else ''}"
-        )
+        scores = ", ".join(f"{name} {shown.format(record[key])}" for key, name, shown in _SCORES if key in record)
+        self.message(f"step {record['step']}: held-out {scores}{'  (best so far)' if best else ''}")
 
     def message(self, text: str) -> None:
         """A line above the bar."""
@@ -82,12 +87,10 @@ class Screen(Reporter):
 def print_report(console: Console, report: dict[str, Any], directory: Path) -> None:
     """The table at the end of a run."""
     table = Table("", "before", "after", title=Text(f"{report['method']}: {directory}"))
-    for key, name, shown in (
-        ("accuracy", "held-out accuracy", "{:.2%}"),
-        ("macro_f1", "macro F1", "{:.3f}"),
-        ("evaluation_loss", "held-out loss", "{:.3f}"),
-    ):
-        table.add_row(name, shown.format(report["before"][key]), shown.format(report["after"][key]))
+    for key, name, shown in _SCORES:
+        if key in report["after"]:
+            values = (shown.format(report[when][key]) for when in ("before", "after"))
+            table.add_row(f"held-out {name}", *values)
     console.print(table)
     parameters, seconds = report["parameters"], report["seconds"]
     facts = Table.grid(padding=(0, 2))
@@ -95,17 +98,26 @@ def print_report(console: Console, report: dict[str, Any], directory: Path) -> N
         "trained", f"{parameters['trainable']:,} of {parameters['total']:,} parameters ({parameters['share']:.2%})"
     )
     facts.add_row("rows", f"{report['rows']['train']} trained on, {report['rows']['test']} held out")
+    if "tokens" in report:
+        facts.add_row("tokens", f"{report['tokens']['train']:,} trained on, {report['tokens']['test']:,} held out")
     facts.add_row("delta", f"{_size(report['delta_bytes'])} (the model: {_size(report['model_bytes'])})")
     facts.add_row("time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {report['step']} steps")
     facts.add_row("peak memory", f"{report['peak_memory_mib']} MiB")
     facts.add_row("picture", Text(str(directory / "curve.png")))
     facts.add_row("delta in", Text(str(directory / "delta")))
     console.print(facts)
-    console.print(f'\nUse it: mindpet infer {directory} "a text"', markup=False)
+    verb, what = ("generate", "a beginning") if report["task"] == "language" else ("infer", "a text")
+    console.print(f'\nUse it: mindpet {verb} {directory} "{what}"', markup=False)
 
 
-def print_scores(console: Console, scores: "Scores", labels: list[str]) -> None:
-    """Overall figures and one line for each label."""
+def print_scores(console: Console, scores: Scores | LanguageScores, labels: list[str]) -> None:
+    """Overall figures, and one line for each label of a classifier."""
+    if isinstance(scores, LanguageScores):
+        console.print(
+            f"{scores.tokens:,} tokens: perplexity {scores.perplexity:.2f}, token accuracy "
+            f"{scores.token_accuracy:.2%}, loss {scores.loss:.3f}"
+        )
+        return
     console.print(
         f"{scores.rows} rows: accuracy {scores.accuracy:.2%}, macro F1 {scores.macro_f1:.3f}, loss {scores.loss:.3f}"
     )

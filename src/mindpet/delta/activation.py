@@ -1,8 +1,9 @@
 """Activations by MindSpore's names, built so that a shard strategy reaches every operator in them.
 
 MindSpore 2.10 computes some of its activations in functions (``nn.GELU``, ``nn.LeakyReLU``, ``nn.SiLU``, ...): such a
-Cell holds no operator that a strategy could be written on. Those are built here from operators; the others are
-MindSpore's own Cells.
+Cell holds no operator that a strategy could be written on. Of ``HSwish`` the parallel compiler has no version: it cuts
+the batch over all devices, whatever the strategy says. Those are built here from operators; the others are MindSpore's
+own Cells.
 """
 
 from typing import Any
@@ -13,6 +14,7 @@ from mindspore.ops import Primitive
 
 from mindpet import _checks, _compat
 
+_NOT_CUT = ("HSwish",)
 _LOG_SOFTMAX = ("LogSoftmax", "LogSoftmaxExt")
 _REFUSED = {
     "threshold": "it needs a threshold and a value: pass mindspore.nn.Threshold(threshold, value) itself",
@@ -41,6 +43,18 @@ class _SiLU(nn.Cell):
 
     def construct(self, x):
         return self.mul(x, self.sigmoid(x))
+
+
+class _HSwish(nn.Cell):
+    """x * hsigmoid(x)."""
+
+    def __init__(self):
+        super().__init__()
+        self.hsigmoid = ops.HSigmoid()
+        self.mul = ops.Mul()
+
+    def construct(self, x):
+        return self.mul(x, self.hsigmoid(x))
 
 
 class _LeakyReLU(nn.Cell):
@@ -144,6 +158,7 @@ class _PReLU(nn.Cell):
 _OWN = {
     "gelu": _GELU,
     "silu": _SiLU,
+    "hswish": _HSwish,
     "leakyrelu": _LeakyReLU,
     "tanhshrink": _Tanhshrink,
     "hardtanh": _Hardtanh,
@@ -190,15 +205,27 @@ def resolve_activation(owner: str, value: Any) -> Any:
     return build_activation(owner, "activation", value) if isinstance(value, str) else value
 
 
-def shard_activation(owner: str, argument: str, activation: Any, strategy: tuple | None) -> None:
-    """Write `strategy` on every operator of the activation. Without a strategy none is written.
+def shard_activation(activation: Any, strategy: tuple) -> None:
+    """Write `strategy` on every operator of the activation; its first tuple is for the activation's input."""
+    kinds = getattr(activation, "second_operand", {})
+    for operator in _operators(activation):
+        if operator.name in _TWO_OPERANDS:
+            second = {"scalar": (), "vector": (1,)}.get(kinds.get(operator.instance_name, ""), strategy[0])
+            operator.shard((strategy[0], second))
+        else:
+            operator.shard(strategy[:1])
+
+
+def refuse_activation(owner: str, argument: str, activation: Any, strategy: tuple | None) -> None:
+    """Find activations that cannot be cut. Without a strategy only LogSoftmax is one.
 
     Raises:
-        ValueError: LogSoftmax in a parallel mode, which MindSpore cannot cut; an activation that holds no operator.
+        ValueError: LogSoftmax in a parallel mode; an activation that holds no operator, or one that MindSpore cuts by
+            its batch whatever the strategy says.
     """
     if activation is None:
         return
-    operators = [activation] if isinstance(activation, Primitive) else _operators(activation)
+    operators = _operators(activation)
     if _compat.in_parallel_compile_mode() and any(operator.name in _LOG_SOFTMAX for operator in operators):
         raise ValueError(
             f"For '{owner}', '{argument}' cannot be set: in semi-auto and auto parallel mode LogSoftmax is not "
@@ -207,20 +234,34 @@ def shard_activation(owner: str, argument: str, activation: Any, strategy: tuple
     if strategy is None:
         return
     if not operators or type(activation) is nn.RReLU:
-        raise ValueError(
-            f"For '{owner}', '{argument}' cannot be set: {type(activation).__name__} has no operator that takes a "
-            f"strategy; give the activation by name, one of {', '.join(_shardable_names())}, or as a Primitive."
-        )
-    kinds = getattr(activation, "second_operand", {})
-    for operator in operators:
-        if operator.name in _TWO_OPERANDS:
-            second = {"scalar": (), "vector": (1,)}.get(kinds.get(operator.instance_name, ""), strategy[0])
-            operator.shard((strategy[0], second))
-        else:
-            operator.shard(strategy)
+        reason = f"{type(activation).__name__} has no operator that takes a strategy"
+    elif any(operator.name in _NOT_CUT for operator in operators):
+        reason = f"MindSpore does not read a strategy of {operators[0].name}"
+    else:
+        return
+    raise ValueError(
+        f"For '{owner}', '{argument}' cannot be set: {reason}; give the activation by name, one of "
+        f"{', '.join(_shardable_names())}, or as a Primitive."
+    )
 
 
-def _operators(activation: nn.Cell) -> list[Primitive]:
+def normalised_axes(activation: Any) -> tuple[int, ...]:
+    """The axes of ``(rows, columns)`` that the activation normalises over, which no strategy can cut.
+
+    >>> normalised_axes(nn.Softmax(axis=-1)), normalised_axes(nn.ReLU())
+    ((1,), ())
+    """
+    found: set[int] = set()
+    for operator in _operators(activation):
+        if operator.name in ("Softmax", *_LOG_SOFTMAX):
+            axis = getattr(operator, "axis", -1)
+            found |= {each % 2 for each in (axis if isinstance(axis, (tuple, list)) else (axis,))}
+    return tuple(sorted(found))
+
+
+def _operators(activation: Any) -> list[Primitive]:
+    if isinstance(activation, Primitive):
+        return [activation]
     unsplit = ("Cast", "Shape", "Reshape")
     return [operator for operator in _compat.primitives_of(activation) if operator.name not in unsplit]
 

@@ -15,12 +15,16 @@ from mindspore import nn, ops
 from mindspore.common.initializer import TruncatedNormal
 
 from mindpet import _checks
-from mindpet.delta.activation import build_activation, shard_activation
+from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.strategy import Sharded, below, shard_operators
 
 __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
+
+
+_DOWN, _UP = "mindpet_delta_adapter_down_sampler", "mindpet_delta_adapter_up_sampler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,16 @@ class AdapterLayer(nn.Cell):
     """
 
     delta_method = "adapter"
+    sharded = below(
+        "mindpet_delta_adapter_block",
+        {
+            "strategy_matmul_down_sampler": Sharded(f"{_DOWN}.matmul", "rows out, bottleneck out"),
+            "strategy_bias_down_sampler": Sharded(f"{_DOWN}.bias_add", "rows bottleneck, bottleneck"),
+            "strategy_non_linearity": Sharded("mindpet_delta_adapter_non_linear", "rows bottleneck", activation=True),
+            "strategy_matmul_up_sampler": Sharded(f"{_UP}.matmul", "rows bottleneck, out bottleneck"),
+            "strategy_bias_up_sampler": Sharded(f"{_UP}.bias_add", "rows out, out"),
+        },
+    ) | {"strategy_residual_add": Sharded("residual_add", "rows out, rows out")}
 
     def __init__(
         self,
@@ -114,16 +128,11 @@ class AdapterLayer(nn.Cell):
         strategy_residual_add: tuple | None = None,
     ) -> None:
         """Say how each operator is cut over the devices; see :meth:`mindpet.delta.lora.LoRADense.shard`."""
-        block = self.mindpet_delta_adapter_block
-        shard_activation(
-            type(self).__name__,
-            "strategy_non_linearity",
-            block.mindpet_delta_adapter_non_linear,
-            strategy_non_linearity,
-        )
-        block.mindpet_delta_adapter_down_sampler.shard_dense(strategy_matmul_down_sampler, strategy_bias_down_sampler)
-        block.mindpet_delta_adapter_up_sampler.shard_dense(strategy_matmul_up_sampler, strategy_bias_up_sampler)
-        self.residual_add.shard(strategy_residual_add)
+        shard_operators(self, locals())
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes that strategies cut, but for the rows of the input."""
+        return {"out": self.hidden_size, "bottleneck": self.bottleneck_size}
 
 
 class AdapterDense(ComputeDense):
@@ -157,6 +166,12 @@ class AdapterDense(ComputeDense):
     """
 
     delta_method = "adapter"
+    sharded = {
+        "strategy_matmul_org": Sharded("matmul", "rows in, out in"),
+        "strategy_bias_org": Sharded("bias_add", "rows out, out"),
+        "strategy_activation_org": Sharded("activation", "rows out", activation=True),
+        **below("mindpet_delta_adapter", AdapterLayer.sharded),
+    }
 
     def __init__(
         self,
@@ -206,16 +221,11 @@ class AdapterDense(ComputeDense):
         strategy_residual_add: tuple | None = None,
     ) -> None:
         """Say how each operator is cut over the devices; see :meth:`mindpet.delta.lora.LoRADense.shard`."""
-        shard_activation("AdapterDense", "strategy_activation_org", self.activation, strategy_activation_org)
-        self.shard_dense(strategy_matmul_org, strategy_bias_org)
-        self.mindpet_delta_adapter.shard(
-            strategy_matmul_down_sampler,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        shard_operators(self, locals())
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes that strategies cut, but for the rows of the input."""
+        return {"in": self.in_channels, **self.mindpet_delta_adapter.axis_sizes()}
 
 
 METHOD = Method(
@@ -224,6 +234,13 @@ METHOD = Method(
     trainable=("*mindpet_delta_adapter*",),
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
     adapt={nn.Dense: AdapterDense.from_dense},
-    targets=("*.attention.output.dense", "*.layer.*.output.dense"),
+    targets=(
+        "*.attention.output.dense",
+        "*.layer.*.output.dense",
+        "*.self_attn.o_proj",
+        "*.mlp.down_proj",
+        "*.attn.c_proj",
+        "*.mlp.c_proj",
+    ),
     learning_rate=0.001,
 )

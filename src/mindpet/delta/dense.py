@@ -116,9 +116,3 @@ class ComputeDense(nn.Dense):
         if self.activation_flag:
             rows = self.activation(rows)
         return self.shaped_like(rows, x)
-
-    def shard_dense(self, matmul: tuple | None, bias_add: tuple | None) -> None:
-        """Write strategies on the two operators of the dense part."""
-        self.matmul.shard(matmul)
-        if self.has_bias:
-            self.bias_add.shard(bias_add)

@@ -18,11 +18,11 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import HeUniform, initializer
 
 from mindpet import _checks
-from mindpet.delta.activation import shard_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.lora_conv import LoRAConv1d, LoRAConv2d
 from mindpet.delta.lora_embedding import LoRAEmbedding
 from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.strategy import Sharded, shard_operators
 from mindpet.utils.version_control import get_dropout
 
 
@@ -109,6 +109,16 @@ class LoRADense(ComputeDense):
     """
 
     delta_method = "lora"
+    sharded = {
+        "strategy_org_dense_matmul": Sharded("matmul", "rows in, out in"),
+        "strategy_org_bias_add": Sharded("bias_add", "rows out, out"),
+        "strategy_lora_dropout": Sharded("lora_dropout.dropout", "rows in"),
+        "strategy_lora_a_matmul": Sharded("lora_a_matmul", "rows in, rank in"),
+        "strategy_lora_b_matmul": Sharded("lora_b_matmul", "rows rank, out rank"),
+        "strategy_lora_mul": Sharded("mul", "rows out, "),
+        "strategy_lora_add": Sharded("add", "rows out, rows out"),
+        "strategy_activation": Sharded("activation", "rows out", activation=True),
+    }
 
     def __init__(
         self,
@@ -194,20 +204,19 @@ class LoRADense(ComputeDense):
 
         Each strategy is a tuple with one tuple for each input of the operator; None leaves the operator as it is.
         All matrix products have ``transpose_b=True``. Strategies of operators that this layer does not have (no bias,
-        no activation) are ignored.
+        no activation) are ignored. :func:`mindpet.parallel.strategies` gives them all for a few usual cases.
 
         Raises:
-            TypeError: not a tuple of tuples of ints, as ``Primitive.shard`` says. Whether the numbers fit the shapes
-                and the devices shows when the network is compiled.
-            ValueError: LogSoftmax as the activation, in a parallel mode.
+            TypeError: a strategy that is not a tuple of tuples of ints.
+            ValueError: a strategy with too many or too few tuples or numbers, a number below 1, one that does not
+                divide its axis, more devices than there are; LogSoftmax as the activation, in a parallel mode. Whether
+                the batch can be cut shows when the network is compiled.
         """
-        shard_activation("LoRADense", "strategy_activation", self.activation, strategy_activation)
-        self.shard_dense(strategy_org_dense_matmul, strategy_org_bias_add)
-        self.lora_dropout.dropout.shard(strategy_lora_dropout)
-        self.lora_a_matmul.shard(strategy_lora_a_matmul)
-        self.lora_b_matmul.shard(strategy_lora_b_matmul)
-        self.mul.shard(strategy_lora_mul)
-        self.add.shard(strategy_lora_add)
+        shard_operators(self, locals())
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes that strategies cut, but for the rows of the input."""
+        return {"in": self.in_channels, "out": self.out_channels, "rank": self.lora_rank}
 
 
 def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -244,7 +253,7 @@ METHOD = Method(
         nn.Conv1d: LoRAConv1d.from_conv,
         nn.Conv2d: LoRAConv2d.from_conv,
     },
-    targets=("*.query", "*.value"),
+    targets=("*.query", "*.value", "*.q_proj", "*.v_proj", "*.c_attn"),
     fit=fit,
     learning_rate=0.001,
 )

@@ -12,9 +12,12 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 
 from mindpet import _checks
-from mindpet.delta.activation import build_activation, shard_activation
+from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.strategy import Sharded, below, shard_operators
+
+_DOWN, _UP = "mindpet_delta_low_rank_adapter_down_sampler", "mindpet_delta_low_rank_adapter_up_sampler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,18 @@ class LowRankAdapterLayer(nn.Cell):
     """
 
     delta_method = "low_rank_adapter"
+    sharded = {
+        "strategy_matmul_down_sampler_weight": Sharded(f"{_DOWN}.matmul_weight", "out rank, rank bottleneck"),
+        "strategy_matmul_down_sampler_input": Sharded(f"{_DOWN}.matmul_input", "rows out, out bottleneck"),
+        "strategy_bias_down_sampler": Sharded(f"{_DOWN}.bias_add", "rows bottleneck, bottleneck"),
+        "strategy_non_linearity": Sharded(
+            "mindpet_delta_low_rank_adapter_non_linear", "rows bottleneck", activation=True
+        ),
+        "strategy_matmul_up_sampler_weight": Sharded(f"{_UP}.matmul_weight", "bottleneck rank, rank out"),
+        "strategy_matmul_up_sampler_input": Sharded(f"{_UP}.matmul_input", "rows bottleneck, bottleneck out"),
+        "strategy_bias_up_sampler": Sharded(f"{_UP}.bias_add", "rows out, out"),
+        "strategy_residual_add": Sharded("residual_add", "rows out, rows out"),
+    }
 
     def __init__(
         self,
@@ -160,21 +175,12 @@ class LowRankAdapterLayer(nn.Cell):
 
         See :meth:`mindpet.delta.lora.LoRADense.shard`.
         """
-        down = self.mindpet_delta_low_rank_adapter_down_sampler
-        up = self.mindpet_delta_low_rank_adapter_up_sampler
-        shard_activation(
-            type(self).__name__,
-            "strategy_non_linearity",
-            self.mindpet_delta_low_rank_adapter_non_linear,
-            strategy_non_linearity,
-        )
-        down.matmul_weight.shard(strategy_matmul_down_sampler_weight)
-        down.matmul_input.shard(strategy_matmul_down_sampler_input)
-        down.bias_add.shard(strategy_bias_down_sampler)
-        up.matmul_weight.shard(strategy_matmul_up_sampler_weight)
-        up.matmul_input.shard(strategy_matmul_up_sampler_input)
-        up.bias_add.shard(strategy_bias_up_sampler)
-        self.residual_add.shard(strategy_residual_add)
+        shard_operators(self, locals())
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes that strategies cut, but for the rows of the input."""
+        width = self.hidden_size // self.reduction_factor
+        return {"out": self.hidden_size, "bottleneck": width, "rank": self.low_rank_size}
 
 
 class LowRankAdapterDense(ComputeDense):
@@ -210,6 +216,12 @@ class LowRankAdapterDense(ComputeDense):
     """
 
     delta_method = "low_rank_adapter"
+    sharded = {
+        "strategy_matmul_org": Sharded("matmul", "rows in, out in"),
+        "strategy_bias_org": Sharded("bias_add", "rows out, out"),
+        "strategy_activation_org": Sharded("activation", "rows out", activation=True),
+        **below("mindpet_delta_low_rank_adapter", LowRankAdapterLayer.sharded),
+    }
 
     def __init__(
         self,
@@ -274,18 +286,11 @@ class LowRankAdapterDense(ComputeDense):
         strategy_residual_add: tuple | None = None,
     ) -> None:
         """Say how each operator is cut over the devices; see :meth:`mindpet.delta.lora.LoRADense.shard`."""
-        shard_activation("LowRankAdapterDense", "strategy_activation_org", self.activation, strategy_activation_org)
-        self.shard_dense(strategy_matmul_org, strategy_bias_org)
-        self.mindpet_delta_low_rank_adapter.shard(
-            strategy_matmul_down_sampler_weight,
-            strategy_matmul_down_sampler_input,
-            strategy_bias_down_sampler,
-            strategy_non_linearity,
-            strategy_matmul_up_sampler_weight,
-            strategy_matmul_up_sampler_input,
-            strategy_bias_up_sampler,
-            strategy_residual_add,
-        )
+        shard_operators(self, locals())
+
+    def axis_sizes(self) -> dict[str, int]:
+        """Sizes of the axes that strategies cut, but for the rows of the input."""
+        return {"in": self.in_channels, **self.mindpet_delta_low_rank_adapter.axis_sizes()}
 
 
 METHOD = Method(
@@ -294,6 +299,13 @@ METHOD = Method(
     trainable=("*mindpet_delta_low_rank_adapter*",),
     paper="Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, arXiv:2106.04647",
     adapt={nn.Dense: LowRankAdapterDense.from_dense},
-    targets=("*.attention.output.dense", "*.layer.*.output.dense"),
+    targets=(
+        "*.attention.output.dense",
+        "*.layer.*.output.dense",
+        "*.self_attn.o_proj",
+        "*.mlp.down_proj",
+        "*.attn.c_proj",
+        "*.mlp.c_proj",
+    ),
     learning_rate=0.003,
 )

@@ -14,6 +14,7 @@ from mindspore.common.initializer import Normal, initializer
 from mindpet import _checks
 from mindpet.delta.method import DeltaConfig, Method
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.strategy import require_devices
 from mindpet.utils.version_control import get_dropout
 
 
@@ -137,15 +138,10 @@ class PrefixEncoder(nn.Cell):
         """Cut the batch over `data_parallel` devices and the heads over `model_parallel`.
 
         Raises:
-            TypeError, ValueError: not a positive int; heads that `model_parallel` does not divide.
+            TypeError, ValueError: not a positive int; heads that `model_parallel` does not divide; more devices than
+                there are.
         """
-        dp = _checks.positive_int("PrefixEncoder", "data_parallel", data_parallel)
-        mp = _checks.positive_int("PrefixEncoder", "model_parallel", model_parallel)
-        if self.num_heads % mp:
-            raise ValueError(
-                f"For 'PrefixEncoder', 'model_parallel' must divide the {self.num_heads} heads, "
-                f"but got {_checks.shown(model_parallel)}."
-            )
+        dp, mp = self.require_cut(data_parallel, model_parallel)
         whole = (dp, 1, 1, mp, 1)  # batch, tokens, layers * 2, heads, kv_channels
         if self.prefix_projection:
             self.mindpet_delta_ptuning2_in.matmul.shard(((1, 1), (1, 1)))
@@ -157,6 +153,18 @@ class PrefixEncoder(nn.Cell):
         self.dropout.dropout.shard((whole,))
         self.transpose.shard((whole,))
         self.split.shard((tuple(whole[axis] for axis in self.out_perm),))
+
+    def require_cut(self, data_parallel: int, model_parallel: int) -> tuple[int, int]:
+        """The checks of :meth:`shard`, without writing anything."""
+        dp = _checks.positive_int("PrefixEncoder", "data_parallel", data_parallel)
+        mp = _checks.positive_int("PrefixEncoder", "model_parallel", model_parallel)
+        if self.num_heads % mp:
+            raise ValueError(
+                f"For 'PrefixEncoder', 'model_parallel' must divide the {self.num_heads} heads, "
+                f"but got {_checks.shown(model_parallel)}."
+            )
+        require_devices("PrefixEncoder", f"data_parallel={dp}, model_parallel={mp}", dp * mp)
+        return dp, mp
 
 
 class PTuning2(PrefixSlot):

@@ -139,7 +139,7 @@ def train_only(model: nn.Cell, methods: Sequence[Method], also: Sequence[str] = 
             norms = [cell for _, cell in model.cells_and_names() if isinstance(cell, nn.LayerNorm)]
             ids |= {id(getattr(cell, name)) for cell in norms for name in method.norm_trainable}
         if not ids:
-            raise ValueError(
+            raise _checks.NothingFitsError(
                 f"No parameter of this {type(model).__name__} belongs to the method '{method.name}' (its names match "
                 f"{', '.join(method.trainable)}), so everything would be frozen. {_what_is_there(names)}"
             )

@@ -25,14 +25,15 @@ class TargetReport:
         """This report, if every pattern matched.
 
         Raises:
-            ValueError: a pattern matched nothing; the message shows near names for each.
+            NothingFitsError: a ValueError: a pattern matched nothing; the message shows near names for each.
         """
         if self.misses:
             lines = [
                 f"  {pattern!r}" + (f"; near it: {', '.join(paths)}" if paths else "")
                 for pattern, paths in self.misses.items()
             ]
-            raise ValueError("These targets match no cell that the method can adapt:\n" + "\n".join(lines))
+            listed = "\n".join(lines)
+            raise _checks.NothingFitsError(f"These targets match no cell that the method can adapt:\n{listed}")
         return self
 
 
@@ -57,6 +58,7 @@ def find_targets(
     exclude: Sequence[str] = (),
     layers: Sequence[int] | None = None,
     linear: tuple[type[nn.Cell], ...] = (nn.Dense,),
+    need_all: bool = True,
 ) -> TargetReport:
     """The cells of those kinds that a pattern means.
 
@@ -67,6 +69,7 @@ def find_targets(
         exclude: patterns of paths to leave alone.
         layers: numbers of layers: the first number in a path must be among them.
         linear: the types that ``"all-linear"`` means.
+        need_all: whether every pattern must match something, or one of them.
 
     >>> network = nn.SequentialCell(nn.Dense(2, 2), nn.ReLU())
     >>> list(find_targets(network, ["*"], (nn.Dense,)).matched)
@@ -89,6 +92,8 @@ def find_targets(
         if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and _in_layers(path, layers)
     }
     misses = {str(pattern): near_paths(str(pattern), candidates) for pattern, paths in hits.items() if not paths}
+    if not need_all and any(hits.values()):
+        misses = {}
     if not matched and not misses:
         misses = {str(pattern): ["all of them are excluded or in other layers"] for pattern in wanted}
     return TargetReport(matched, misses)

@@ -19,6 +19,7 @@ from mindpet.interop.peft_config import config_problems
 from mindpet.interop.peft_lora import read_lora, write_lora
 from mindpet.interop.peft_modules import Modules, Names
 from mindpet.interop.peft_prefix import read_prefix, write_prefix
+from mindpet.models.causal import CausalLanguageModel
 from mindpet.models.loading import PretrainedFilesError, read_safetensors
 
 
@@ -95,7 +96,8 @@ def save_peft(
         directory: made if it is not there.
         base_model: name or path of the base model, for ``base_model_name_or_path``.
         task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"`` and so on. PEFT needs one for a prefix, so None there
-            means ``"SEQ_CLS"`` if a ``classifier`` or a ``score`` trains.
+            means ``"SEQ_CLS"`` if a ``classifier`` or a ``score`` trains; and it always means ``"CAUSAL_LM"`` for a
+            causal language model of `mindpet.models`.
         names: as in :func:`load_peft`.
 
     Raises:
@@ -130,6 +132,8 @@ def save_peft(
     heads = {"classifier", "score"} & set(content["modules_to_save"] or ())
     if task_type is None and content["peft_type"] == "PREFIX_TUNING" and heads:
         task_type = "SEQ_CLS"
+    if task_type is None and isinstance(network, CausalLanguageModel):
+        task_type = "CAUSAL_LM"
     content |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     _files.write_tensors(Path(directory) / "adapter_model.safetensors", tensors, {"format": "pt"})
     _files.write_json(Path(directory) / "adapter_config.json", dict(sorted(content.items())))

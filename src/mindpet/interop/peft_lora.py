@@ -48,7 +48,12 @@ def read_lora(
                 problems.append(f"missing in the file: {module}.{part}")
             elif fits(f"{module}.{part}", parts[part], shape, _base_weight(cell).dtype, problems):
                 values[f"{path}.{here}"] = parts[part]
-    values.update(read_whole(whole, modules, problems, bool(content.get("fan_in_fan_out"))))
+    kept = read_whole(whole, modules, problems, bool(content.get("fan_in_fan_out")))
+    for module in pairs:  # PEFT writes the frozen table of an adapted embedding as well
+        path, parameter = modules.parameters.get(f"{module}.weight", ("", None))
+        if path in kept and np.array_equal(kept[path], parameter.asnumpy()):
+            del kept[path]
+    values.update(kept)
     problems += _promised(content, pairs, modules) + missing_whole(content, whole, pairs, modules)
     if not pairs:
         problems.append("there is no LoRA tensor in the file")
@@ -159,7 +164,7 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         "bias": bias,
         "use_rslora": stabilised,
         "use_dora": False,
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": any(f"{module}.weight" in modules.transposed for module in adapted),
         "init_lora_weights": True,
         "layers_to_transform": None,
         "layers_pattern": None,

@@ -12,7 +12,7 @@ from mindpet import _checks, _compat
 from mindpet.graph.inject import MARKER
 from mindpet.graph.targets import cells_by_path
 from mindpet.interop.peft_config import saved_whole
-from mindpet.models.loading import hugging_face_name
+from mindpet.models.loading import hugging_face_name, is_transposed
 
 Names = Mapping[str, str] | Callable[[str], str]
 
@@ -24,10 +24,12 @@ class Modules:
     Attributes:
         cells: module path to (path here, Cell).
         parameters: tensor name to (path here, Parameter), without those that a method added.
+        transposed: names of tensors that are ``(in, out)`` there, where the network says so.
     """
 
     cells: dict[str, tuple[str, nn.Cell]]
     parameters: dict[str, tuple[str, Parameter]]
+    transposed: frozenset[str]
 
     @classmethod
     def of(cls, network: nn.Cell, names: Names | None) -> "Modules":
@@ -44,7 +46,8 @@ class Modules:
                 if MARKER not in name:
                     tensor = hugging_face_name(f".{name}")[1:]
                     parameters[f"{module}.{tensor}".strip(".")] = (f"{path}.{name}".strip("."), parameter)
-        return cls(cells, parameters)
+        transposed = frozenset(name for name, (path, _) in parameters.items() if is_transposed(network, path))
+        return cls(cells, parameters, transposed)
 
 
 def _renamed(path: str, names: Names | None) -> str:
@@ -94,11 +97,13 @@ def read_whole(
             continue
         path, parameter = modules.parameters[name]
         cell = modules.cells[name.rpartition(".")[0]][1]
-        if not fits(name, value, shape_there(cell, parameter.shape), parameter.dtype, problems):
+        shape, turned = shape_there(cell, parameter.shape), name in modules.transposed
+        if not fits(name, value, shape[::-1] if turned else shape, parameter.dtype, problems):
             continue
-        if fan_in_fan_out and value.ndim == 2 and value.shape[0] == value.shape[1]:
+        known = modules.transposed or not fan_in_fan_out
+        if not known and value.ndim == 2 and value.shape[0] == value.shape[1]:
             problems.append(f"{name} is square, and with fan_in_fan_out it may be transposed or not")
-        values[path] = value
+        values[path] = value.T if turned else value
     return values
 
 
@@ -150,7 +155,8 @@ def trained_whole(
         if _is_bias(name) and (bias == "all" or (bias == "lora_only" and name.rpartition(".")[0] in adapted))
     }
     cells = {name: modules.cells[name.rpartition(".")[0]][1] for name in kept}
-    return bias, saved, {name: as_array(cells[name], modules.parameters[name][1]) for name in kept}
+    values = {name: as_array(cells[name], modules.parameters[name][1]) for name in kept}
+    return bias, saved, {name: value.T if name in modules.transposed else value for name, value in values.items()}
 
 
 def _is_bias(name: str) -> bool:

@@ -17,7 +17,7 @@ from mindspore.common.initializer import Normal
 
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors, read_tensors
+from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
 
 _ACTIVATIONS = {
     "gelu": lambda: nn.GELU(approximate=False),
@@ -65,17 +65,21 @@ class BertConfig:
         Raises:
             PretrainedFilesError: not a file, not JSON, not a BERT, a feature that this network does not have.
         """
-        content = _files.read_json(path, PretrainedFilesError)
+        return cls.from_content(_files.read_json(path, PretrainedFilesError), str(path))
+
+    @classmethod
+    def from_content(cls, content: Any, source: str) -> "BertConfig":
+        """As :meth:`from_json`, of the content; `source` is named in errors."""
         if not isinstance(content, dict) or content.get("model_type", "bert") != "bert":
             kind = content.get("model_type") if isinstance(content, dict) else type(content).__name__
-            raise PretrainedFilesError(f"{path} is of a {kind!r}, not of a BERT ('model_type': 'bert').")
+            raise PretrainedFilesError(f"{source} is of a {kind!r}, not of a BERT ('model_type': 'bert').")
         if content.get("position_embedding_type", "absolute") != "absolute":
-            raise PretrainedFilesError(f"{path}: only absolute position embeddings are supported.")
+            raise PretrainedFilesError(f"{source}: only absolute position embeddings are supported.")
         known = {entry.name for entry in dataclasses.fields(cls)}
         try:
             return cls(**{key: value for key, value in content.items() if key in known})
         except (TypeError, ValueError) as error:
-            raise PretrainedFilesError(f"{path}: {error}") from error
+            raise PretrainedFilesError(f"{source}: {error}") from error
 
 
 class BertEmbeddings(nn.Cell):
@@ -106,6 +110,19 @@ class BertEmbeddings(nn.Cell):
         return self.dropout(self.LayerNorm(rows))
 
 
+class MaskedSoftmax(nn.Cell):
+    """Softmax of ``scores + mask`` over the last of four axes; the mask is a constant, without a gradient."""
+
+    mindpet_kernel = "masked_softmax"  # what mindpet.kernels.accelerate replaces it by
+
+    def __init__(self):
+        super().__init__()
+        self.softmax = ops.Softmax(axis=-1)
+
+    def construct(self, scores, mask):
+        return self.softmax(scores + ops.stop_gradient(mask))
+
+
 class BertSelfAttention(nn.Cell):
     """Attention of every position to every other, and to a prefix where there is one."""
 
@@ -120,7 +137,7 @@ class BertSelfAttention(nn.Cell):
         self.dropout = nn.Dropout(p=config.attention_probs_dropout_prob)
         self.scores = ops.BatchMatMul(transpose_b=True)
         self.mix = ops.BatchMatMul()
-        self.softmax = ops.Softmax(axis=-1)
+        self.softmax = MaskedSoftmax()
         self.scale = 1.0 / math.sqrt(self.head_dim)
 
     def construct(self, rows, mask, prefix):
@@ -131,7 +148,7 @@ class BertSelfAttention(nn.Cell):
         if prefix is not None:
             key = ops.concat((self.for_batch(prefix[0], batch, key.dtype), key), 2)  # (batch, heads, tokens + seq, dim)
             value = ops.concat((self.for_batch(prefix[1], batch, value.dtype), value), 2)
-        weights = self.dropout(self.softmax(self.scores(query, key) + mask))  # (batch, heads, seq, tokens + seq)
+        weights = self.dropout(self.softmax(self.scores(query, key), mask))  # (batch, heads, seq, tokens + seq)
         mixed = self.mix(weights, value)  # (batch, heads, seq, head_dim)
         return mixed.transpose((0, 2, 1, 3)).reshape((-1, self.num_heads * self.head_dim))
 
@@ -282,10 +299,10 @@ class BertForSequenceClassification(nn.Cell):
     def from_pretrained(
         cls, directory: str | Path, num_labels: int = 2, pooling: str = "pooler", **changes: Any
     ) -> tuple["BertForSequenceClassification", LoadReport]:
-        """The network of ``config.json`` with the weights of the safetensors files beside it.
+        """The network with the sizes and the weights that :func:`~mindpet.models.pretrained.open_pretrained` reads.
 
         Args:
-            directory: in Hugging Face's layout.
+            directory: in Hugging Face's layout, or a file of multilingual-e5-small.
             num_labels: classes; the head starts anew when the files have none.
             pooling: see the class.
             changes: what is to differ from ``config.json``, for instance ``hidden_dropout_prob=0.0``.
@@ -296,9 +313,11 @@ class BertForSequenceClassification(nn.Cell):
         Raises:
             PretrainedFilesError: a file is missing or broken, or does not fit; all problems in one message.
         """
-        directory = Path(directory)
-        config = dataclasses.replace(BertConfig.from_json(directory / "config.json"), **changes)
-        tensors = read_tensors(directory)
+        from mindpet.models.pretrained import open_pretrained
+
+        pretrained = open_pretrained(directory)
+        config = dataclasses.replace(BertConfig.from_content(pretrained.config, str(directory)), **changes)
+        tensors = pretrained.tensors()
         network = cls(config, num_labels, pooling)
         return network, load_tensors(network, tensors, "bert.", optional=("classifier.", "bert.pooler."))
 

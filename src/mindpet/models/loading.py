@@ -1,10 +1,11 @@
 """Weights in Hugging Face's layout, read without torch: ``config.json`` and safetensors files in one directory."""
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _files
 
@@ -116,7 +117,8 @@ def load_tensors(
     """Set the parameters of `network` by name; tensors may leave out `prefix`, as a bare encoder's do.
 
     Args:
-        network: whose parameters are named by their paths.
+        network: whose parameters are named by their paths. What its `transposed` patterns mean, if it has any, is
+            ``(in, out)`` in the files.
         tensors: by Hugging Face's names.
         prefix: with its dot, for instance ``"bert."``.
         optional: beginnings of names that may be missing: a new head.
@@ -133,10 +135,11 @@ def load_tensors(
             report.missing.append(parameter.name)
             continue
         used.add(name)
-        if tensors[name].shape != tuple(parameter.shape):
-            report.misshaped[parameter.name] = (tensors[name].shape, tuple(parameter.shape))
+        shape = shape_in_files(network, parameter)
+        if tensors[name].shape != shape:
+            report.misshaped[parameter.name] = (tensors[name].shape, shape)
             continue
-        values[parameter.name] = tensors[name]
+        values[parameter.name] = tensors[name].T if is_transposed(network, parameter.name) else tensors[name]
         report.loaded.append(parameter.name)
     report.unexpected.extend(name for name in tensors if name not in used and not name.endswith("position_ids"))
     needed = [name for name in report.missing if not name.startswith(optional)] if optional else report.missing
@@ -151,7 +154,21 @@ def load_tensors(
     return report
 
 
+def is_transposed(network: nn.Cell, name: str) -> bool:
+    """Whether Hugging Face's files hold this parameter as ``(in, out)``: the network has patterns `transposed`."""
+    return any(fnmatchcase(name, pattern) for pattern in getattr(network, "transposed", ()))
+
+
+def shape_in_files(network: nn.Cell, parameter: Parameter) -> tuple[int, ...]:
+    """The shape of a parameter there."""
+    shape = tuple(parameter.shape)
+    return shape[::-1] if is_transposed(network, parameter.name) else shape
+
+
 def save_tensors(network: nn.Cell, directory: Path) -> None:
-    """Write the parameters of `network` as ``model.safetensors`` under Hugging Face's names."""
-    tensors = {hugging_face_name(parameter.name): parameter.asnumpy() for parameter in network.get_parameters()}
+    """Write the parameters of `network` as ``model.safetensors`` under Hugging Face's names, in its orientation."""
+    tensors = {}
+    for parameter in network.get_parameters():
+        value = parameter.asnumpy()
+        tensors[hugging_face_name(parameter.name)] = value.T if is_transposed(network, parameter.name) else value
     _files.write_tensors(Path(directory) / "model.safetensors", tensors, {"format": "pt"})

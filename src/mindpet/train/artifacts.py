@@ -16,8 +16,8 @@ from mindpet.graph.deltas import load_delta, read_delta, save_delta
 from mindpet.graph.inject import inject, injections
 from mindpet.graph.merge import merge_and_eject
 from mindpet.interop.hf_peft import load_peft, save_peft
-from mindpet.models.bert import BertForSequenceClassification
 from mindpet.models.loading import save_tensors
+from mindpet.models.pretrained import Pretrained, family_of, open_pretrained
 from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
 from mindpet.train.run import load_tuned, unfinished
 
@@ -48,16 +48,21 @@ class Inspection:
 
 
 def open_network(source: str, labels: int = 2) -> nn.Cell:
-    """A network from a directory of pre-trained weights, or from ``package.module:factory``, which is called.
+    """A network from pre-trained weights, or from ``package.module:factory``, which is called.
+
+    Args:
+        source: a directory of weights, a file of them, or a factory.
+        labels: classes of a classifier's new head.
 
     Raises:
-        RunFileError: neither; the module or the factory is not there, or gives no Cell.
+        RunFileError: none of them; the module or the factory is not there, or gives no Cell.
     """
-    if os.path.isdir(source):
-        return BertForSequenceClassification.from_pretrained(source, labels)[0]
+    if os.path.exists(source):
+        family = family_of(source)
+        return family.network.from_pretrained(source, *([labels] if heads_of(source) else []))[0]
     module, colon, factory = source.partition(":")
     if not colon or not factory.isidentifier():
-        raise RunFileError(f"{source!r} is neither a run file, nor a directory, nor package.module:factory.")
+        raise RunFileError(f"{source!r} is neither a run file, nor a model, nor package.module:factory.")
     here = os.getcwd()
     sys.path.insert(0, here)
     try:
@@ -72,21 +77,24 @@ def open_network(source: str, labels: int = 2) -> nn.Cell:
     return network
 
 
+def heads_of(source: str) -> list[str]:
+    """The cells that are new, and train whole, in a network from `source`: a classifier's head."""
+    return ["classifier"] if os.path.exists(source) and family_of(source).task == "classification" else []
+
+
 def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
     """What a run file's method, or that of ``method.KEY=VALUE`` overrides, would do to a network.
 
     Args:
-        source: a run file, a directory of weights, or ``package.module:factory``.
+        source: a run file, a directory or file of weights, or ``package.module:factory``.
         overrides: as for a run; without a run file only the section ``method`` matters.
     """
     if source.endswith((".yaml", ".yml")):
         config = load_run(source, overrides)
-        network, section = open_network(config.model.path), config.method
-        heads = ["classifier"]
+        source, section = config.model.path, config.method
     else:
         section = MethodSection.model_validate(read_overrides(overrides or []).get("method", {}))
-        network = open_network(source)
-        heads = ["classifier"] if os.path.isdir(source) else []
+    network, heads = open_network(source), heads_of(source)
     dense = list(_dense_layers(network))
     if section.name != "full":
         inject(network, method_config(section, modules_to_save=[*dict.fromkeys([*section.saved_whole, *heads])]))
@@ -116,9 +124,9 @@ class Tuned:
 
     Attributes:
         network: with the delta, not merged.
-        model: directory of the base model, or None for a factory's network.
-        labels: of the head, in order; empty when unknown.
-        pooling: what the head sees, ``mean`` or ``pooler``; empty when unknown.
+        model: path of the base model, or None for a factory's network.
+        labels: of the head, in order; empty when unknown, and for a language model.
+        pooling: what the head sees, ``mean`` or ``pooler``; empty when unknown, and for a language model.
     """
 
     network: nn.Cell
@@ -137,18 +145,19 @@ def open_tuned(source: str, delta: str | Path | None = None) -> Tuned:
     if delta is not None:
         head = read_delta(delta)[2].get("classifier.weight")
         network = load_delta(open_network(source, len(head) if head is not None else 2), delta)
-        return Tuned(network, source if os.path.isdir(source) else None, [], "")
+        return Tuned(network, source if os.path.exists(source) else None, [], "")
     directory = Path(load_run(source).output.directory if source.endswith((".yaml", ".yml")) else source)
     if unfinished(directory) and (directory / "run.yaml").is_file():
         raise RunFileError(f"The run in {directory} is not finished: go on with mindpet finetune --resume.")
     config, network, labels = load_tuned(directory)
-    return Tuned(network, config.model.path, labels, config.model.pooling)
+    return Tuned(network, config.model.path, labels, config.model.pooling if labels else "")
 
 
 def merge_into(source: str, target: str | Path, delta: str | Path | None = None) -> Tuned:
     """Write the network of :func:`open_tuned` with the delta in its weights.
 
-    A model directory stays one in Hugging Face's layout; a factory's network becomes ``model.safetensors`` alone.
+    A model becomes a directory in Hugging Face's layout, whatever file it came from; a factory's network becomes
+    ``model.safetensors`` alone.
 
     Raises:
         RunFileError: `target` holds a model already; what :func:`open_tuned` raises.
@@ -161,24 +170,44 @@ def merge_into(source: str, target: str | Path, delta: str | Path | None = None)
         merge_and_eject(tuned.network)
     save_tensors(tuned.network, target)
     if tuned.model is not None:
-        base = Path(tuned.model)
-        names = {str(index): label for index, label in enumerate(tuned.labels)}
-        head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}} if names else {}
-        pooling = {"mindpet_pooling": tuned.pooling} if tuned.pooling else {}
-        content = _files.read_json(base / "config.json")
-        kind = {"architectures": [type(tuned.network).__name__]}
-        _files.write_json(target / "config.json", {**content, **kind, **pooling, **head})
-        for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "special_tokens_map.json"):
-            if (base / name).is_file():
-                shutil.copyfile(base / name, target / name)
+        _write_model_files(tuned, target)
     return tuned
+
+
+def _write_model_files(tuned: Tuned, target: Path) -> None:
+    """``config.json`` and the tokenizer's files beside merged weights."""
+    base, pretrained = Path(tuned.model or ""), open_pretrained(tuned.model or "")
+    names = {str(index): label for index, label in enumerate(tuned.labels)}
+    head = {"id2label": names, "label2id": {label: int(index) for index, label in names.items()}} if names else {}
+    pooling = {"mindpet_pooling": tuned.pooling} if tuned.pooling else {}
+    kind = {"architectures": [type(tuned.network).__name__]}
+    _files.write_json(target / "config.json", {**pretrained.config, **kind, **pooling, **head})
+    for name in _TOKENIZER_FILES:
+        if (base / name).is_file():
+            shutil.copyfile(base / name, target / name)
+    if not (target / "tokenizer.json").exists():
+        _write_tokenizer(pretrained, target)
+
+
+def _write_tokenizer(pretrained: Pretrained, target: Path) -> None:
+    """The tokenizer of a model in a single file, as Hugging Face keeps it in a directory."""
+    tokenizer, end = pretrained.tokenizer(), pretrained.config.get("eos_token_id")
+    content = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": tokenizer.id_to_token(end) if isinstance(end, int) else None,
+        "chat_template": pretrained.chat_template_source(),
+    }
+    _files.write_text(target / "tokenizer.json", tokenizer.to_str(pretty=True))
+    _files.write_json(target / "tokenizer_config.json", {key: value for key, value in content.items() if value})
 
 
 def export_to(source: str, target: str | Path, delta: str | Path | None = None) -> Tuned:
     """Write the delta of :func:`open_tuned` as a directory that Hugging Face PEFT loads."""
     _require_empty(target, "adapter_config.json", "config.json")
     tuned = open_tuned(source, delta)
-    save_peft(tuned.network, target, base_model=tuned.model, task_type="SEQ_CLS" if tuned.model else None)
+    kinds = {"classification": "SEQ_CLS", "language": "CAUSAL_LM"}
+    kind = kinds[family_of(tuned.model).task] if tuned.model else None
+    save_peft(tuned.network, target, base_model=tuned.model, task_type=kind)
     return tuned
 
 
@@ -187,9 +216,9 @@ def import_adapter(adapter: str | Path, model: str, target: str | Path, labels: 
 
     Args:
         adapter: directory with ``adapter_config.json``.
-        model: directory of the base model.
+        model: path of the base model.
         target: directory to write the delta to.
-        labels: classes of the head; those of the adapter's own head when None.
+        labels: classes of a classifier's head; those of the adapter's own head when None.
     """
     _require_empty(target, "delta.safetensors", "config.json")
     network = open_network(model, labels or _labels_of(Path(adapter)))
@@ -224,6 +253,16 @@ def methods_table() -> list[dict[str, str]]:
     return rows
 
 
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 _SHARED = {"targets", "exclude", "layers", "modules_to_save"}
 
 

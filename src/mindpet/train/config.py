@@ -44,9 +44,11 @@ class _Section(BaseModel):
 class ModelSection(_Section):
     """The network to tune."""
 
-    path: str = Field(description="directory with config.json, model.safetensors and tokenizer.json")
+    path: str = Field(
+        description="directory with config.json, model.safetensors and tokenizer.json; or a .gguf or e5 .bin file"
+    )
     pooling: Literal["pooler", "mean"] = Field(
-        "mean", description="what the head sees: the pooler's output or the mean of the tokens"
+        "mean", description="what a classifier's head sees: the pooler's output or the mean of the tokens"
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the network; its own when empty")
 
@@ -70,21 +72,33 @@ class MethodSection(BaseModel):
 
 
 class DataSection(_Section):
-    """Labelled text: JSON lines, CSV, TSV, or one folder per label."""
+    """Text: JSON lines, CSV, TSV, .txt files, or one folder per label. The model decides the task."""
 
-    train: str = Field(description="a .jsonl, .csv or .tsv file, or a folder with one folder of .txt files per label")
+    train: str = Field(
+        description="a .jsonl, .csv or .tsv file; a folder with one folder of .txt files per label, for a classifier; "
+        "a .txt file or a folder of them, for a language model"
+    )
     test: str | None = Field(
         None, description="held-out data in one of the same forms; when empty, 'holdout' is taken from 'train'"
     )
     holdout: float = Field(
         0.2,
         gt=0,
-        description="how much of 'train' to hold out when 'test' is empty: a share below 1, or a number of rows",
+        description="how much of 'train' to hold out when 'test' is empty: a share below 1, or a number of rows; "
+        "of a single .txt file its end, a share or a number of lines",
     )
     text: str = Field("text", description="key or column of the text")
-    text_pair: str | None = Field(None, description="key or column of a second text, for tasks on pairs")
-    label: str = Field("label", description="key or column of the label")
-    max_length: Count = Field(128, ge=4, description="tokens; longer texts are cut")
+    text_pair: str | None = Field(None, description="classifier: key or column of a second text, for tasks on pairs")
+    label: str = Field("label", description="classifier: key or column of the label")
+    prompt: str | None = Field(None, description="language model: key of the prompt, which is not learned")
+    response: str | None = Field(None, description="language model: key of the response, which is")
+    messages: str | None = Field(
+        None, description="language model: key of a list of {role, content}; what the assistant says is learned"
+    )
+    packing: bool = Field(
+        True, description="language model: several texts in a row of max_length tokens, unseen by each other"
+    )
+    max_length: Count = Field(128, ge=4, description="tokens in a row; longer texts are cut, .txt files into blocks")
     overlap: Literal["drop", "keep", "error"] = Field(
         "drop", description="what to do with training rows whose text is also held out"
     )
@@ -117,7 +131,7 @@ class TrainSection(_Section):
     evaluate_every: Count | None = Field(None, ge=1, description="steps between evaluations; once an epoch when empty")
     save_every: Count = Field(50, ge=1, description="steps between saves that --resume can go on from")
     early_stopping: Count | None = Field(
-        None, ge=1, description="stop after so many evaluations without a better accuracy"
+        None, ge=1, description="stop after so many evaluations without a better accuracy, or perplexity"
     )
     keep_best: bool = Field(True, description="keep the delta of the best evaluation rather than of the last step")
     seed: Count = Field(0, ge=0, le=2**32 - 1, description="of everything random: split, order, start, dropout")
@@ -134,6 +148,24 @@ class OutputSection(_Section):
     )
 
 
+class CompareSection(_Section):
+    """What `mindpet compare` runs; `mindpet finetune` takes no notice of it."""
+
+    methods: list[str] = Field(
+        [], description="for instance [lora, full, lora+r_drop]; every method and full fine-tuning when empty"
+    )
+    seeds: list[Count] = Field([0, 1, 2], min_length=1, description="one run of each method for each of them")
+    settings: dict[str, dict[str, Any]] = Field(
+        {}, description="of one method only: {lora: {method.rank: 4, train.learning_rate: 1e-3}}"
+    )
+    grid: list[Annotated[float, Field(gt=0)]] = Field(
+        [0.3, 1.0, 3.0], min_length=1, description="what --search tries: factors of each method's learning rate"
+    )
+    validation: float = Field(
+        0.1, gt=0, lt=1, description="share of the training rows on which --search judges a learning rate"
+    )
+
+
 class RunConfig(_Section):
     """A whole run file."""
 
@@ -142,11 +174,14 @@ class RunConfig(_Section):
     data: DataSection
     train: TrainSection = TrainSection()
     output: OutputSection = OutputSection()
+    compare: CompareSection = CompareSection()
 
     @model_validator(mode="after")
     def _whole_rows(self) -> "RunConfig":
         if self.data.holdout >= 1 and self.data.holdout != int(self.data.holdout):
             raise ValueError("data.holdout must be a share below 1 or a whole number of rows")
+        if self.data.messages is not None and (self.data.prompt is not None or self.data.response is not None):
+            raise ValueError("data.messages goes without data.prompt and data.response: a row is one or the other")
         return self
 
 
@@ -173,6 +208,21 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None) -> Run
             f"{len(problems)} problem{'s' if len(problems) > 1 else ''}{where}:\n  " + "\n  ".join(problems)
         )
     return config
+
+
+def foreign_keys(config: RunConfig, task: str) -> list[str]:
+    """The keys of a run file that say something, and concern another task than that of its model."""
+    owners = {
+        "classification": ("data.text_pair", "data.label", "model.pooling"),
+        "language": ("data.prompt", "data.response", "data.messages", "data.packing"),
+    }
+    found = []
+    for name in (name for other, names in owners.items() if other != task for name in names):
+        section, _, key = name.partition(".")
+        fields = getattr(config, section)
+        if getattr(fields, key) != type(fields).model_fields[key].default:
+            found.append(name)
+    return found
 
 
 def read_overrides(overrides: list[str]) -> dict[str, Any]:
@@ -255,8 +305,11 @@ def method_config(section: MethodSection, **more: Any) -> Any:
 
 
 def as_yaml(config: RunConfig) -> str:
-    """The whole configuration, defaults filled in."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    """The whole configuration, defaults filled in; the section `compare` only where it says something."""
+    content = config.model_dump()
+    if config.compare == CompareSection():
+        del content["compare"]
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def template(model: str = "path/to/model", train: str = "path/to/train.jsonl") -> str:

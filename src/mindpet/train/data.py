@@ -1,9 +1,9 @@
-"""Labelled text: reading, splitting, tokenising, batching."""
+"""Rows of text: reading, splitting, tokenising for a classifier, batching."""
 
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,19 +57,28 @@ def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: 
         DataError: nothing there, an unknown kind of file, no row that can be used.
     """
     path = Path(path)
-    readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
     if path.is_dir():
         rows = _folder(path)
-    elif not path.is_file():
-        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
-        raise DataError(f"There is no file or folder {path}" + (f"; beside it: {', '.join(near)}." if near else "."))
-    elif path.suffix.lower() not in readers:
-        raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, or a folder per label.")
     else:
-        rows = _from_records(path, readers[path.suffix.lower()](path), text, label, pair)
+        rows = _from_records(path, read_records(path, "or a folder per label"), text, label, pair)
     if not len(rows):
         raise DataError(f"{path} has no usable row. {rows.broken_in_words()}")
     return rows
+
+
+def read_records(path: Path, otherwise: str) -> Iterator[tuple[int, Any]]:
+    """(line, record) of each row of a file; in the place of a row that cannot be read, a ValueError that says why.
+
+    Raises:
+        DataError: no file there, or none of the known kinds; `otherwise` says what else may be given.
+    """
+    readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
+    if not path.exists():
+        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+        raise DataError(f"There is no file or folder {path}" + (f"; beside it: {', '.join(near)}." if near else "."))
+    if path.suffix.lower() not in readers:
+        raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, {otherwise}.")
+    return readers[path.suffix.lower()](path)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
@@ -118,7 +127,8 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
 def _from_records(path: Path, records: Iterator[tuple[int, Any]], text: str, label: str, pair: str | None) -> Rows:
     rows = Rows([], [])
     for number, record in records:
-        problem = str(record) if isinstance(record, ValueError) else _problem(record, text, label, pair)
+        keys = [key for key in (text, pair, label) if key]
+        problem = str(record) if isinstance(record, ValueError) else problem_with(record, keys)
         if problem:
             rows.broken.append(f"{path.name}, line {number}: {problem}")
             continue
@@ -137,10 +147,11 @@ def _label(value: Any) -> str:
     return str(value).strip()
 
 
-def _problem(record: Any, text: str, label: str, pair: str | None) -> str:
+def problem_with(record: Any, keys: Iterable[str]) -> str:
+    """Why a record does not hold a text under each of the keys; empty when it does."""
     if not isinstance(record, dict):
         return f"not an object but {type(record).__name__}"
-    for key in filter(None, (text, pair, label)):
+    for key in keys:
         if key not in record:
             return f"no '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})"
         value = record[key]
@@ -148,9 +159,14 @@ def _problem(record: Any, text: str, label: str, pair: str | None) -> str:
             return f"'{key}' is {'null' if value is None else 'not a text'}"
         if not str(value).strip():
             return f"'{key}' is empty"
-        if any(0xD800 <= ord(letter) <= 0xDFFF for letter in str(value)):
+        if not is_unicode(str(value)):
             return f"'{key}' is not UTF-8"
     return ""
+
+
+def is_unicode(text: str) -> bool:
+    """Whether it can be written in UTF-8: there is no half of a pair of surrogates in it."""
+    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
 def _folder(path: Path) -> Rows:
@@ -209,14 +225,20 @@ class Encoded:
     """Tokenised rows of one length, and one blank row more, at index `count`, that fills up the last batch.
 
     Attributes:
-        columns: `input_ids`, `attention_mask`, `token_type_ids` ``(count + 1, length)`` and `labels` ``(count + 1,)``.
+        columns: the network's inputs ``(count + 1, length)``, and last the labels: ``(count + 1,)`` of a classifier,
+            ``(count + 1, length)`` of a language model.
         count: rows that count.
-        cut: rows that were longer than they may be.
+        cut: texts that were longer than they may be.
     """
 
     columns: dict[str, np.ndarray]
     count: int
     cut: int
+
+    @property
+    def labelled(self) -> int:
+        """Labels that count: of rows, or of a language model's tokens."""
+        return int((self.columns["labels"] != IGNORED).sum())
 
     def digest(self) -> str:
         """A hash of all that is in it: a resumed run must go on with the same."""
@@ -234,23 +256,6 @@ class Encoded:
         rows = {name: values[filled] for name, values in self.columns.items()}
         pipeline = msds.NumpySlicesDataset(rows, shuffle=False, num_parallel_workers=1)
         yield from pipeline.batch(batch_size).create_dict_iterator(num_epochs=1, output_numpy=False)
-
-
-def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer of ``tokenizer.json``.
-
-    Raises:
-        DataError: no such file, or not a tokenizer.
-    """
-    from tokenizers import Tokenizer
-
-    path = Path(directory) / "tokenizer.json"
-    if not path.is_file():
-        raise DataError(f"There is no {path}: a fast tokenizer is needed.")
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for what it cannot parse
-        raise DataError(f"{path} is not a tokenizer: {error}") from error
 
 
 def encode(tokenizer: Any, rows: Rows, labels: list[str], max_length: int, length: int | None = None) -> Encoded:

@@ -61,11 +61,7 @@ class DropoutKeys:
     """All resumable dropouts of a network, and the setting of their keys for a step."""
 
     def __init__(self, network: nn.Cell, seed: int):
-        sites = {
-            path: cell
-            for path, cell in cells_by_path(network).items()
-            if type(cell) is nn.Dropout and _probability(cell) > 0
-        }
+        sites = dropouts(network)
         self.seed, self.count = seed, len(sites)
         if not sites:
             return
@@ -89,6 +85,15 @@ class DropoutKeys:
         words = generator.integers(-(2**31), 2**31, (self.count, 2), dtype=np.int64).astype(np.int32)
         words[:, 0] |= 1
         return words
+
+
+def dropouts(network: nn.Cell) -> dict[str, nn.Cell]:
+    """The layers of dropout that drop anything, by path."""
+    return {
+        path: cell
+        for path, cell in cells_by_path(network).items()
+        if type(cell) is nn.Dropout and _probability(cell) > 0
+    }
 
 
 def _probability(cell: Any) -> float:

@@ -18,11 +18,12 @@ from mindspore import Parameter, Tensor, nn
 
 from mindpet import _files
 from mindpet.graph.deltas import save_delta
+from mindpet.kernels import accelerate
 from mindpet.train.config import TrainSection
 from mindpet.train.data import Encoded
 from mindpet.train.dropout import DropoutKeys
-from mindpet.train.metrics import Scores, predict_logits, score
-from mindpet.train.step import AccumulateStep, AppliedStep, ClassificationLoss, TrainStep
+from mindpet.train.metrics import LanguageScores, Scorer, Scores
+from mindpet.train.step import AccumulateStep, AppliedStep, SummedLoss, TrainStep
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -51,7 +52,9 @@ class Reporter:
         """A step is done: step, epoch, loss, learning_rate, gradient_norm, samples_per_second."""
 
     def evaluation(self, record: dict[str, Any], best: bool) -> None:
-        """The held-out rows were scored: step, accuracy, macro_f1, evaluation_loss."""
+        """The held-out rows were scored: step, evaluation_loss, and accuracy and macro_f1, or perplexity and
+        token_accuracy.
+        """
 
     def message(self, text: str) -> None:
         """Anything else worth a line."""
@@ -69,7 +72,7 @@ class Progress:
         epoch: the pass it is in.
         batch: batches done in that pass.
         forward: forward passes done, which numbers the dropout masks.
-        best: best accuracy so far.
+        best: merit of the best evaluation so far: an accuracy, or a loss with its sign changed.
         best_step: when it was.
         waited: evaluations since then.
         seconds: time spent training.
@@ -79,7 +82,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     forward: int = 0
-    best: float = -1.0
+    best: float | None = None
     best_step: int = 0
     waited: int = 0
     seconds: float = 0.0
@@ -131,12 +134,13 @@ class Fit:
     """Trains a network on encoded rows and keeps everything in one directory.
 
     Args:
-        network: with its trainable parameters chosen; takes input_ids, attention_mask, token_type_ids.
+        network: with its trainable parameters chosen; takes the columns of the rows but the last, the labels.
         config: section ``train`` of the run file.
         peak_rate: highest learning rate.
         train: rows to train on.
         test: rows held out.
         directory: where metrics, checkpoint and delta go.
+        scorer: scores the network on the held-out rows.
         reporter: is told what happens.
         save: writes the delta of the best evaluation; given the network and a directory.
     """
@@ -149,11 +153,14 @@ class Fit:
         train: Encoded,
         test: Encoded,
         directory: Path,
+        scorer: Scorer,
         reporter: Reporter | None = None,
         save: Callable[[nn.Cell, Path], None] = partial(save_delta, hash_weights=True),  # noqa: B008
     ):
         self.network, self.config, self.train, self.test = network, config, train, test
         self.directory, self.reporter, self.save = directory, reporter or Reporter(), save
+        self.scorer = scorer
+        self.tokens = (train.columns["attention_mask"] > 0).sum(1)  # in each row
         self.batches = -(-train.count // config.batch_size)
         self.steps_per_epoch = -(-self.batches // config.accumulate)
         self.total = config.max_steps or self.steps_per_epoch * config.epochs
@@ -161,7 +168,7 @@ class Fit:
         self.keys = DropoutKeys(network, config.seed)
         parameters = list(network.trainable_params())
         self.optimizer = build_optimizer(config, parameters, self.rates)
-        loss = ClassificationLoss(network, config.r_drop_alpha)
+        loss = accelerate(SummedLoss(network, config.r_drop_alpha))
         if config.accumulate == 1:
             self.one_step = TrainStep(loss, self.optimizer, config.clip_norm)
         else:
@@ -204,13 +211,15 @@ class Fit:
             order = np.random.default_rng([config.seed, progress.epoch, 3]).permutation(self.train.count)
             batches = self.train.batches(order, config.batch_size, skip=progress.batch)
             self.network.set_train(True)
-            begun, samples = time.monotonic(), 0
+            begun, samples, tokens = time.monotonic(), 0, 0
             for batch in batches:
                 self.keys.set_step(progress.forward)
-                rows = (batch["input_ids"], batch["attention_mask"], batch["token_type_ids"], batch["labels"])
+                rows = tuple(batch.values())
+                chosen = order[progress.batch * config.batch_size :][: config.batch_size]
                 progress.forward += 1
                 progress.batch += 1
-                samples += min(config.batch_size, self.train.count - (progress.batch - 1) * config.batch_size)
+                samples += len(chosen)
+                tokens += int(self.tokens[chosen].sum())
                 if config.accumulate == 1:
                     loss, norm = self.one_step(*rows)
                 else:
@@ -229,14 +238,16 @@ class Fit:
                     "loss": value,
                     "learning_rate": self.rates[progress.step],
                     "gradient_norm": float(norm),
+                    "seconds": round(seconds, 4),
                     "samples_per_second": round(samples / seconds, 1),
+                    "tokens_per_second": round(tokens / seconds, 1),
                 }
                 progress.step += 1
                 _log(log, record)
                 yield record
                 if self._after_step(log):
                     return
-                begun, samples = time.monotonic(), 0
+                begun, samples, tokens = time.monotonic(), 0, 0
             progress.epoch, progress.batch = progress.epoch + 1, 0
 
     def _after_step(self, log: Any) -> bool:
@@ -249,11 +260,11 @@ class Fit:
         if due or end:
             scores = self.evaluate()
             self._require_finite(scores.loss, "held-out loss", progress.step)
-            best = scores.accuracy > progress.best
+            best = progress.best is None or scores.merit > progress.best
             progress.waited = 0 if best else progress.waited + 1
             record = {"step": progress.step, **scores.as_record()}
             if best:
-                progress.best, progress.best_step = scores.accuracy, progress.step
+                progress.best, progress.best_step = scores.merit, progress.step
                 if config.keep_best:
                     self.save(self.network, self.directory / "delta")
             _log(log, record)
@@ -268,7 +279,7 @@ class Fit:
             )
         if enough and not end:
             self.reporter.message(
-                f"Early stopping: no better accuracy than {progress.best:.2%} in {progress.waited} evaluations."
+                f"Early stopping: nothing better than step {progress.best_step} in {progress.waited} evaluations."
             )
         return end or enough
 
@@ -282,11 +293,16 @@ class Fit:
                 f"train.learning_rate than {max(self.rates):g}, a longer train.warmup, or train.clip_norm=1."
             )
 
-    def evaluate(self) -> Scores:
+    def evaluate(self) -> Scores | LanguageScores:
         """Scores on the held-out rows."""
-        logits = predict_logits(self.network, self.test, self.config.batch_size)
+        scores = self.scorer(self.test, self.config.batch_size)
         self.network.set_train(True)
-        return score(logits, self.test.columns["labels"][: self.test.count])
+        return scores
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what the optimizer keeps: Adam's two moments, mostly."""
+        return sum(p.size * p.itemsize for name, p in self._state().items() if name.startswith("optimizer/"))
 
     def _state(self) -> dict[str, Parameter]:
         trained = {f"network/{parameter.name}": parameter for parameter in self.optimizer.parameters}

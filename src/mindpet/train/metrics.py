@@ -1,12 +1,17 @@
 """How good predictions are."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from mindspore import nn
 
 from mindpet.delta.r_drop import IGNORED
+from mindpet.kernels import accelerate
 from mindpet.train.data import Encoded
+from mindpet.train.step import SummedScores
 
 
 @dataclass(frozen=True)
@@ -27,17 +32,85 @@ class Scores:
     rows: int
     confusion: np.ndarray
 
+    @property
+    def merit(self) -> float:
+        """What decides which evaluation is the best: the accuracy, higher is better."""
+        return self.accuracy
+
     def as_record(self) -> dict[str, float]:
         """For a line of metrics."""
         return {"accuracy": self.accuracy, "macro_f1": self.macro_f1, "evaluation_loss": self.loss}
+
+    def in_full(self, labels: list[str]) -> dict[str, Any]:
+        """All of it, for JSON."""
+        return {**self.as_record(), "rows": self.rows, "labels": labels, "confusion": self.confusion.tolist()}
+
+
+@dataclass(frozen=True)
+class LanguageScores:
+    """Of a language model on texts.
+
+    Attributes:
+        loss: mean cross entropy of the tokens that count, in nats.
+        token_accuracy: share of them that are the most probable token.
+        tokens: how many counted.
+    """
+
+    loss: float
+    token_accuracy: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """The exponential of the loss: among how many equally probable tokens the model hesitates."""
+        return math.exp(min(self.loss, 700.0))  # e**710 is more than a float holds
+
+    @property
+    def merit(self) -> float:
+        """What decides which evaluation is the best: the loss, lower is better."""
+        return -self.loss
+
+    def as_record(self) -> dict[str, float]:
+        """For a line of metrics."""
+        return {
+            "perplexity": self.perplexity,
+            "token_accuracy": self.token_accuracy,
+            "evaluation_loss": self.loss,
+        }
+
+    def in_full(self, labels: list[str]) -> dict[str, Any]:
+        """All of it, for JSON; there are no labels."""
+        return {**self.as_record(), "tokens": self.tokens}
+
+
+Scorer = Callable[[Encoded, int], Scores | LanguageScores]  # of rows, so many at a time
+
+
+def scorer(network: nn.Cell, task: str) -> Scorer:
+    """What scores a network on rows, without dropout."""
+    if task == "classification":
+        return lambda rows, batch_size: score(
+            predict_logits(network, rows, batch_size), rows.columns["labels"][: rows.count]
+        )
+    sums = accelerate(SummedScores(network))
+    return lambda rows, batch_size: score_tokens(sums, rows, batch_size)
+
+
+def score_tokens(sums: SummedScores, rows: Encoded, batch_size: int) -> LanguageScores:
+    """Scores over all tokens that count; the logits of no more than one batch are held."""
+    sums.set_train(False)
+    total = np.zeros(3)
+    for batch in rows.batches(np.arange(rows.count), batch_size):
+        total += [float(value) for value in sums(*batch.values())]
+    loss, hits, count = total
+    return LanguageScores(float(loss / count), float(hits / count), int(count))
 
 
 def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int) -> np.ndarray:
     """Logits ``(rows, labels)`` without dropout, in the order of the rows."""
     network.set_train(False)
     outputs = [
-        network(batch["input_ids"], batch["attention_mask"], batch["token_type_ids"]).asnumpy()
-        for batch in rows.batches(np.arange(rows.count), batch_size)
+        network(*list(batch.values())[:-1]).asnumpy() for batch in rows.batches(np.arange(rows.count), batch_size)
     ]
     return np.concatenate(outputs)[: rows.count].astype(np.float64)
 

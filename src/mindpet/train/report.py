@@ -9,14 +9,13 @@ from mindpet import _files
 
 
 def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
-    """Loss of each step, its running mean, and the accuracy of each evaluation, as a PNG."""
+    """Loss of each step, its running mean, and each evaluation's accuracy or perplexity, as a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     steps = [record for record in records if "loss" in record]
-    scores = [record for record in records if "accuracy" in record]
     figure, left = pyplot.subplots(figsize=(8, 4.5), dpi=120)
     x = [record["step"] for record in steps]
     losses = [record["loss"] for record in steps]
@@ -26,28 +25,31 @@ def draw_curve(records: list[dict[str, Any]], path: Path, title: str) -> None:
     left.set_ylabel("training loss", color="#08519c")
     left.set_ylim(bottom=0)
     left.grid(alpha=0.25)
-    if scores:
-        right = left.twinx()
-        percent = [100 * record["accuracy"] for record in scores]
-        right.plot(
-            [record["step"] for record in scores], percent, "o-", color="#d94801", markersize=4, label="accuracy"
-        )
-        right.set_ylabel("held-out accuracy (%)", color="#d94801")
-        right.annotate(
-            f"{percent[-1]:.1f}",
-            (scores[-1]["step"], percent[-1]),
-            (0, -14),
-            textcoords="offset points",
-            color="#d94801",
-            ha="right",
-        )
-        right.set_ylim(0, 101)
+    _draw_scores(left, records)
     left.set_title(title, fontsize=10)
     figure.legend(loc="lower center", ncols=3, frameon=False, fontsize=8)
     figure.tight_layout(rect=(0, 0.05, 1, 1))
     with _files.whole_file(path) as temporary:
         figure.savefig(temporary, format="png")
     pyplot.close(figure)
+
+
+def _draw_scores(left: Any, records: list[dict[str, Any]]) -> None:
+    """The evaluations, on an axis of their own at the right: a share in percent, or a perplexity."""
+    for key, name, factor, shown in (
+        ("accuracy", "held-out accuracy (%)", 100, "{:.1f}"),
+        ("perplexity", "held-out perplexity", 1, "{:.4g}"),
+    ):
+        scored = [record for record in records if key in record]
+        if not scored:
+            continue
+        right = left.twinx()
+        steps, values = [record["step"] for record in scored], [factor * record[key] for record in scored]
+        right.plot(steps, values, "o-", color="#d94801", markersize=4, label=key)
+        right.set_ylabel(name, color="#d94801")
+        last = (steps[-1], values[-1])
+        right.annotate(shown.format(last[1]), last, (0, -14), textcoords="offset points", color="#d94801", ha="right")
+        right.set_ylim(0, 101 if key == "accuracy" else None)
 
 
 def _running_mean(values: list[float], keep: float = 0.9) -> list[float]:
@@ -65,5 +67,7 @@ def peak_memory_mib() -> float:
 
 
 def size_of(directory: Path) -> int:
-    """Bytes of all files in a directory."""
+    """Bytes of a file, or of all files in a directory."""
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(entry.stat().st_size for entry in directory.rglob("*") if entry.is_file())

@@ -1,8 +1,9 @@
 """The main job: tune, evaluate and use a network as a run file says."""
 
+import dataclasses
 import os
+import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,123 +16,61 @@ from mindpet import _compat, _files
 from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import inject
-from mindpet.models.bert import BertConfig, BertForSequenceClassification
+from mindpet.kernels import accelerate
+from mindpet.models.pretrained import family_of, open_pretrained
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
-from mindpet.train.data import DataError, Encoded, Rows, encode, load_tokenizer, overlapping, read_rows, split_rows
+from mindpet.train.data import DataError, Rows, encode
+from mindpet.train.dropout import dropouts
 from mindpet.train.fit import CHECKPOINT, CannotResume, Fit, Reporter, read_metrics
-from mindpet.train.metrics import Scores, predict_logits, probabilities, score
+from mindpet.train.metrics import LanguageScores, Scores, predict_logits, probabilities, scorer
+from mindpet.train.prepare import held_out, open_model, prepare
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
 FULL_LEARNING_RATE = 1e-4
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """A run's data, ready to train on."""
-
-    train: Encoded
-    test: Encoded
-    labels: list[str]
-
-
-def read_data(path: str, config: RunConfig, reporter: Reporter) -> Rows:
-    """The rows of one file or folder; those left out are reported."""
-    rows = read_rows(path, config.data.text, config.data.label, config.data.text_pair)
-    if rows.broken:
-        reporter.message(f"{path}: {rows.broken_in_words()}")
-    return rows
-
-
-def prepare_rows(config: RunConfig, reporter: Reporter) -> tuple[Rows, Rows]:
-    """(train, held out), with everything worth knowing about them reported."""
-    train = read_data(config.data.train, config, reporter)
-    if config.data.test is None:
-        train, test = split_rows(train, config.data.holdout, config.train.seed)
-    else:
-        test = read_data(config.data.test, config, reporter)
-        train = _without_overlap(train, test, config, reporter)
-    if len(set(train.labels)) < 2:
-        raise DataError(
-            f"Training needs rows of two labels at least, but there are {len(train)} rows of {len(set(train.labels))}."
-        )
-    check_labels(test, sorted(set(train.labels)), reporter)
-    return train, test
-
-
-def check_labels(test: Rows, labels: list[str], reporter: Reporter) -> None:
-    """Report held-out rows whose label is unknown, which are not scored.
-
-    Raises:
-        DataError: no row would be scored.
-    """
-    unseen = sorted(set(test.labels) - set(labels))
-    if not set(test.labels) & set(labels):
-        raise DataError(
-            f"No held-out row has a known label: they have {', '.join(unseen)}, known are {', '.join(labels)}."
-        )
-    if unseen:
-        count = sum(label in unseen for label in test.labels)
-        reporter.message(
-            f"{count} held-out rows have labels that no training row has ({', '.join(unseen)}): not scored."
-        )
-
-
-def check_lengths(config: RunConfig, tokenizer: Any) -> None:
-    """Whether texts of `data.max_length` tokens of this tokenizer fit the model.
-
-    Raises:
-        RunFileError: they are longer than the model's positions.
-        DataError: the tokenizer has more words than the model.
-    """
-    sizes = BertConfig.from_json(Path(config.model.path) / "config.json")
-    prefix = 0 if config.method.name == "full" else getattr(method_config(config.method), "tokens", 0)
-    if config.data.max_length + prefix > sizes.max_position_embeddings:
-        after = f" after a prefix of {prefix} tokens" if prefix else ""
-        raise RunFileError(
-            f"data.max_length is {config.data.max_length}{after}, but the model in {config.model.path} has "
-            f"{sizes.max_position_embeddings} positions."
-        )
-    if tokenizer.get_vocab_size() > sizes.vocab_size:
-        raise DataError(
-            f"The tokenizer in {config.model.path} has {tokenizer.get_vocab_size()} words, the model has "
-            f"{sizes.vocab_size}: they do not belong together."
-        )
-
-
-def prepare(config: RunConfig, reporter: Reporter) -> Prepared:
-    """Read, split and tokenise the data of a run."""
-    tokenizer = load_tokenizer(config.model.path)
-    check_lengths(config, tokenizer)
-    train, test = prepare_rows(config, reporter)
-    labels = sorted(set(train.labels))
-    encoded = [encode(tokenizer, rows, labels, config.data.max_length) for rows in (train, test)]
-    for name, rows in zip(("training", "held-out"), encoded):
-        if rows.cut:
-            reporter.message(f"{rows.cut} {name} rows are longer than {config.data.max_length} tokens and are cut.")
-    counts = ", ".join(f"{label} {train.labels.count(label)}" for label in labels[:12])
-    more = ", ..." if len(labels) > 12 else ""
-    reporter.message(f"{len(train)} rows to train on ({counts}{more}), {len(test)} held out.")
-    return Prepared(encoded[0], encoded[1], labels)
-
-
 def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
-    """The pre-trained network with a new head and the run's method in it; the same at every call."""
+    """The pre-trained network with the run's method in it, and a new head if it classifies; the same at every call.
+
+    Raises:
+        RunFileError: no pooler though one is asked for; R-Drop without any dropout.
+    """
     ms.set_seed(config.train.seed)
     np.random.seed(config.train.seed)
     # PyNative mode queues operators for a device; on a CPU the queue costs up to 4 ms each
     ms.set_context(mode=_MODES[config.train.mode], pynative_synchronize=_compat.device_target() == "CPU")
-    drop = config.model.dropout
-    changes = {} if drop is None else {"hidden_dropout_prob": drop, "attention_probs_dropout_prob": drop}
-    network, report = BertForSequenceClassification.from_pretrained(
-        config.model.path, len(labels), config.model.pooling, **changes
-    )
+    network = load_network(config, labels)
+    if config.method.name != "full":
+        heads = () if family_of(config.model.path).task == "language" else ("classifier",)
+        whole = tuple(dict.fromkeys([*config.method.saved_whole, *heads]))
+        network = inject(network, method_config(config.method, modules_to_save=whole))
+    if config.train.r_drop_alpha and not dropouts(network):
+        own = "" if config.method.name == "full" else ", or the method's own (method.dropout=0.1 where it has one)"
+        raise RunFileError(
+            "train.r_drop_alpha compares two passes with different dropout, but this network has none and they would "
+            f"be equal: set model.dropout=0.1{own}."
+        )
+    return accelerate(network)
+
+
+def load_network(config: RunConfig, labels: list[str]) -> nn.Cell:
+    """The pre-trained network of a run, with a new head if it classifies.
+
+    Raises:
+        RunFileError: no pooler though one is asked for.
+    """
+    family, path = family_of(config.model.path), config.model.path
+    changes = {}
+    if config.model.dropout is not None:
+        names = [entry.name for entry in dataclasses.fields(family.config) if "drop" in entry.name]
+        changes = dict.fromkeys(names, config.model.dropout)
+    if family.task == "language":
+        return family.network.from_pretrained(path, **changes)[0]
+    network, report = family.network.from_pretrained(path, len(labels), config.model.pooling, **changes)
     if config.model.pooling == "pooler" and any("pooler" in name for name in report.missing):
-        raise RunFileError(f"The model in {config.model.path} has no pooler: use model.pooling=mean.")
-    if config.method.name == "full":
-        return network
-    given = config.method.saved_whole
-    return inject(network, method_config(config.method, modules_to_save=tuple(dict.fromkeys([*given, "classifier"]))))
+        raise RunFileError(f"The model in {path} has no pooler: use model.pooling=mean.")
+    return network
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -162,7 +101,8 @@ def finetune(
         overwrite: start anew although the output directory holds a run.
 
     Returns:
-        The report: scores before and after, trainable share, sizes, seconds, peak memory.
+        The report: scores before and after, trainable share, sizes, seconds, peak memory. `static_memory_bytes` is
+        of the weights and the optimizer's state, `seconds_per_step` the median without the first step, which compiles.
 
     Raises:
         RunFileError: the output directory holds a run, and neither `resume` nor `overwrite` is given.
@@ -178,18 +118,24 @@ def finetune(
     network = build_network(config, prepared.labels)
     trainable = sum(parameter.size for parameter in network.trainable_params())
     total = sum(parameter.size for parameter in network.get_parameters())
+    weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
     reporter.message(
         f"{config.method.name} on {config.model.path}: {trainable:,} of {total:,} parameters train "
         f"({trainable / total:.2%}). Compiling takes a few seconds."
     )
-    fit = Fit(network, config.train, peak_learning_rate(config), prepared.train, prepared.test, directory, reporter)
+    rows = prepared.train, prepared.test
+    scores = scorer(network, prepared.task)
+    fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter)
     directory.mkdir(parents=True, exist_ok=True)
     if not resume:
-        for name in ("run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png"):
+        for name in (
+            "run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png", "labels.json"
+        ):  # fmt: skip
             (directory / name).unlink(missing_ok=True)
         for name in ("delta.safetensors", "delta.json"):
             (directory / "delta" / name).unlink(missing_ok=True)
-        _files.write_json(directory / "labels.json", prepared.labels)
+        if prepared.labels:
+            _files.write_json(directory / "labels.json", prepared.labels)
         _files.write_json(directory / "data.json", {"held_out": prepared.test.digest()})
         before = fit.evaluate().as_record()
         _files.write_json(directory / "before.json", before)
@@ -202,7 +148,7 @@ def finetune(
         records = read_metrics(directory / "metrics.jsonl")
         if records:
             draw_curve(records, directory / "curve.png", _title(config, trainable / total))
-    scored = [record for record in records if "accuracy" in record]
+    scored = [record for record in records if "evaluation_loss" in record]
     kept = progress.best_step if config.train.keep_best and progress.best_step else progress.step
     after = next((record for record in reversed(scored) if record["step"] == kept), scored[-1])
     report = {
@@ -211,30 +157,45 @@ def finetune(
         "after": {key: after[key] for key in before},
         "step": progress.step,
         "kept_step": kept,
+        "task": prepared.task,
         "rows": {"train": prepared.train.count, "test": prepared.test.count},
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
         "delta_bytes": size_of(directory / "delta"),
         "model_bytes": size_of(Path(config.model.path)),
+        "static_memory_bytes": weights + fit.state_bytes,
+        "seconds_per_step": _usual_seconds(records),
         "seconds": {"training": round(progress.seconds, 1), "whole": round(time.monotonic() - begun, 1)},
         "peak_memory_mib": round(peak_memory_mib()),
     }
+    if prepared.task == "language":
+        report["tokens"] = {"train": prepared.train.labelled, "test": prepared.test.labelled}
     _files.write_json(directory / "report.json", report)
     return report
 
 
+def read_run(directory: Path, overrides: list[str] | None = None) -> RunConfig:
+    """The configuration of a run that has a delta.
+
+    Raises:
+        RunFileError: not the directory of a run, or no delta yet.
+    """
+    if not (directory / "run.yaml").is_file():
+        raise RunFileError(f"{directory} is not the directory of a run: it has no run.yaml.")
+    if not (directory / "delta" / "delta.safetensors").is_file():
+        raise RunFileError(f"{directory} has no delta yet: finish the run with mindpet finetune --resume.")
+    return load_run(directory / "run.yaml", overrides)
+
+
 def load_tuned(directory: str | Path, overrides: list[str] | None = None) -> tuple[RunConfig, nn.Cell, list[str]]:
-    """A finished run: its configuration, its network with the delta in it, its labels.
+    """A finished run: its configuration, its network with the delta in it, the labels of a classifier.
 
     Raises:
         RunFileError: not the directory of a run.
     """
     directory = Path(directory)
-    if not (directory / "run.yaml").is_file():
-        raise RunFileError(f"{directory} is not the directory of a run: it has no run.yaml.")
-    if not (directory / "delta" / "delta.safetensors").is_file():
-        raise RunFileError(f"{directory} has no delta yet: finish the run with mindpet finetune --resume.")
-    config = load_run(directory / "run.yaml", overrides)
-    labels = _files.read_json(directory / "labels.json", RunFileError)
+    config = read_run(directory, overrides)
+    language = family_of(config.model.path).task == "language"
+    labels = [] if language else _files.read_json(directory / "labels.json", RunFileError)
     network = build_network(config, labels)
     load_delta(network, directory / "delta")
     network.set_train(False)
@@ -252,33 +213,34 @@ def unfinished(directory: str | Path) -> str:
 
 def evaluate(
     directory: str | Path, overrides: list[str] | None = None, reporter: Reporter | None = None
-) -> tuple[Scores, list[str]]:
-    """Scores of a finished run on its held-out rows, or on ``data.test=FILE``; and its labels."""
-    reporter = reporter or Reporter()
+) -> tuple[Scores | LanguageScores, list[str]]:
+    """Scores of a finished run on its held-out rows, or on ``data.test=FILE``; and its labels.
+
+    Raises:
+        DataError: the data has changed, so that its held-out rows are not known any more.
+    """
     config, network, labels = load_tuned(directory, overrides)
-    tokenizer = load_tokenizer(config.model.path)
-    check_lengths(config, tokenizer)
-    if config.data.test is not None:
-        test = read_data(config.data.test, config, reporter)
-        check_labels(test, labels, reporter)
-    else:
-        _, test = prepare_rows(config, reporter)
-    rows = encode(tokenizer, test, labels, config.data.max_length)
+    pretrained = open_model(config)
+    rows = held_out(config, pretrained, labels, reporter or Reporter())
     known = _files.read_json(Path(directory) / "data.json", RunFileError).get("held_out")
     if config.data.test is None and rows.digest() != known:
         raise DataError(
             f"{config.data.train} has changed since the run, so which rows were held out is not known any more: name a "
             "file with data.test=FILE."
         )
-    logits = predict_logits(network, rows, config.train.batch_size)
-    return score(logits, rows.columns["labels"][: rows.count]), labels
+    return scorer(network, pretrained.family.task)(rows, config.train.batch_size), labels
 
 
 def infer(directory: str | Path, texts: list[str], overrides: list[str] | None = None) -> list[dict[str, float]]:
     """For each text, the probability of each label, the most probable first.
 
     A run on pairs (``data.text_pair``) takes the two texts with a tab between them.
+
+    Raises:
+        RunFileError: not the directory of a finished run, or of a language model's.
     """
+    if family_of(read_run(Path(directory), overrides).model.path).task == "language":
+        raise RunFileError(f"{directory} holds a language model, which does not classify: mindpet generate {directory}")
     config, network, labels = load_tuned(directory, overrides)
     inputs: list[Any] = list(texts)
     if config.data.text_pair:
@@ -286,25 +248,16 @@ def infer(directory: str | Path, texts: list[str], overrides: list[str] | None =
         wrong = next((text for text, pair in zip(texts, inputs) if len(pair) != 2), None)
         if wrong is not None:
             raise DataError(f"This run is on pairs of texts: put a tab between the two, unlike in {wrong[:60]!r}.")
-    encoded = encode(
-        load_tokenizer(config.model.path), Rows(inputs, [labels[0]] * len(inputs)), labels, config.data.max_length
-    )
+    tokenizer, rows = open_pretrained(config.model.path).tokenizer(), Rows(inputs, [labels[0]] * len(inputs))
+    encoded = encode(tokenizer, rows, labels, config.data.max_length)
     chances = probabilities(predict_logits(network, encoded, min(config.train.batch_size, len(inputs))))
     return [{labels[index]: float(row[index]) for index in np.argsort(-row)} for row in chances]
 
 
-def _without_overlap(train: Rows, test: Rows, config: RunConfig, reporter: Reporter) -> Rows:
-    shared = overlapping(train, test)
-    if not shared:
-        return train
-    example = str(train.texts[shared[0]])[:60]
-    what = f"{len(shared)} training rows have a text that is also held out, for instance {example!r}"
-    if config.data.overlap == "error":
-        raise DataError(f"{what}; data.overlap=drop leaves them out.")
-    drop = config.data.overlap == "drop"
-    reporter.message(f"{what}: {'left out' if drop else 'kept'} (data.overlap={config.data.overlap}).")
-    gone = set(shared) if drop else set()
-    return train.take([index for index in range(len(train)) if index not in gone])
+def _usual_seconds(records: list[dict[str, Any]]) -> float:
+    """The median over the steps, without the first, which compiles, if there are others."""
+    seconds = [record["seconds"] for record in records if "seconds" in record]
+    return statistics.median(seconds[1:] or seconds)
 
 
 def _title(config: RunConfig, share: float) -> str:

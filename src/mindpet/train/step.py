@@ -6,10 +6,23 @@ from mindspore import dtype as mstype
 from mindpet.delta.r_drop import IGNORED, RDropLoss, rdrop_repeat
 
 
-class ClassificationLoss(nn.Cell):
-    """The *sum* of the cross entropies over the rows that count, and their number.
+class CrossEntropy(nn.Cell):
+    """The cross entropy of each row: logits ``(N, C)`` and labels ``(N,)`` to ``(N,)``, 0 where the label is -100."""
 
-    With `r_drop_alpha` above zero every sample passes twice, and the R-Drop loss takes the place of cross entropy.
+    mindpet_kernel = "cross_entropy"  # what mindpet.kernels.accelerate replaces it by
+
+    def construct(self, logits, labels):
+        return ops.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+
+
+class SummedLoss(nn.Cell):
+    r"""The *sum* of the cross entropies over the labels that count, and their number.
+
+    With `r_drop_alpha` above zero every sample passes twice, in one batch with masks of dropout of its own for each
+    copy, and the R-Drop loss takes the place of cross entropy.
+
+    Shapes: the columns are the network's inputs and the labels, ``(N,)`` for logits ``(N, C)`` or ``(N, T)`` for
+    logits ``(N, T, C)``. A label of -100 does not count.
     """
 
     def __init__(self, network: nn.Cell, r_drop_alpha: float = 0.0):
@@ -17,21 +30,39 @@ class ClassificationLoss(nn.Cell):
         self.network = network
         self.r_drop_alpha = r_drop_alpha
         self.r_drop = RDropLoss()
+        self.cross_entropy = CrossEntropy()
 
-    def construct(self, input_ids, attention_mask, token_type_ids, labels):
+    def construct(self, *columns):
+        labels = columns[-1]
         count = (labels != IGNORED).astype(mstype.float32).sum()
         if self.r_drop_alpha > 0:
-            input_ids, attention_mask, token_type_ids, labels = rdrop_repeat(
-                input_ids, attention_mask, token_type_ids, labels
-            )
-            logits = self.network(input_ids, attention_mask, token_type_ids)
-            return self.r_drop(logits.astype(mstype.float32), labels, self.r_drop_alpha) * count, count
-        logits = self.network(input_ids, attention_mask, token_type_ids)
-        return ops.cross_entropy(logits.astype(mstype.float32), labels, ignore_index=IGNORED, reduction="sum"), count
+            columns = rdrop_repeat(*columns)
+            logits = self.network(*columns[:-1]).astype(mstype.float32)  # (2N, C) or (2N, T, C)
+            return self.r_drop(logits, columns[-1], self.r_drop_alpha) * count, count
+        logits = self.network(*columns[:-1]).astype(mstype.float32)
+        rows = logits.reshape((-1, logits.shape[-1]))  # (N, C) or (N * T, C)
+        return self.cross_entropy(rows, labels.reshape((-1,))).sum(), count
+
+
+class SummedScores(nn.Cell):
+    """What a language model's scores are made of: the sum of the cross entropies, the hits, the labels that count."""
+
+    def __init__(self, network: nn.Cell):
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.cross_entropy = CrossEntropy()
+
+    def construct(self, *columns):
+        logits = self.network(*columns[:-1]).astype(mstype.float32)
+        rows, labels = logits.reshape((-1, logits.shape[-1])), columns[-1].reshape((-1,))
+        counted = labels != IGNORED
+        hits = ops.logical_and(ops.equal(rows.argmax(-1).astype(mstype.int32), labels), counted)
+        loss = self.cross_entropy(rows, labels).sum()
+        return loss, hits.astype(mstype.float32).sum(), counted.astype(mstype.float32).sum()
 
 
 class TrainStep(nn.Cell):
-    """Gradient, mean over the rows that count, clipping to a global norm, update. Returns (mean loss, norm)."""
+    """Gradient, mean over the labels that count, clipping to a global norm, update. Returns (mean loss, norm)."""
 
     def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float):
         super().__init__(auto_prefix=False)
@@ -39,8 +70,8 @@ class TrainStep(nn.Cell):
         self.gradient = ops.value_and_grad(loss, None, optimizer.parameters, has_aux=True)
         self.update = ClippedUpdate(optimizer, clip_norm)
 
-    def construct(self, input_ids, attention_mask, token_type_ids, labels):
-        (total, count), gradients = self.gradient(input_ids, attention_mask, token_type_ids, labels)
+    def construct(self, *columns):
+        (total, count), gradients = self.gradient(*columns)
         norm = self.update(gradients, count)
         return ops.depend(total / count, norm), norm
 
@@ -56,8 +87,8 @@ class AccumulateStep(nn.Cell):
         self.count = Parameter(Tensor(0.0, mstype.float32), name="accumulated_count", requires_grad=False)
         self.add = ops.HyperMap()
 
-    def construct(self, input_ids, attention_mask, token_type_ids, labels):
-        (total, count), gradients = self.gradient(input_ids, attention_mask, token_type_ids, labels)
+    def construct(self, *columns):
+        (total, count), gradients = self.gradient(*columns)
         done = self.add(ops.assign_add, self.buffers, gradients)
         done = ops.depend(ops.assign_add(self.total, total), done)
         return ops.depend(ops.assign_add(self.count, count), done)

@@ -1,0 +1,89 @@
+"""Put the kernels into a network that nobody edits."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mindspore import dtype as mstype
+from mindspore import nn
+
+from mindpet import _checks, _compat
+from mindpet.graph.inject import replace_cells, require_in_place
+from mindpet.graph.targets import cells_by_path
+from mindpet.kernels import build, cells
+
+_BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
+    "masked_softmax": cells.FastMaskedSoftmax,
+    "rms_norm": cells.FastRMSNorm,
+    "gated_silu": cells.FastGatedSiLU,
+    "cross_entropy": cells.FastCrossEntropy,
+}
+
+
+def accelerate(network: nn.Cell) -> nn.Cell:
+    """Let fast CPU kernels compute the GELUs, LayerNorms and attention softmaxes of a network, in place.
+
+    Parameters, their names, checkpoints and what trains stay as they are; so do results, up to rounding. It can be
+    called before or after :func:`mindpet.inject`; a second call finds what came since the first. Where the kernels
+    cannot be used (another device, no compiler, ``MINDPET_KERNELS=0``, semi-auto parallel mode) the network is returned
+    as it is, and inputs that are not float32 go to MindSpore's operators.
+
+    Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, and each Cell whose class says by an attribute
+    ``mindpet_kernel`` what it computes:
+
+    - ``"masked_softmax"``: ``construct(scores, mask)`` is softmax(scores + mask) over the last of four axes; no
+      gradient goes to the mask;
+    - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
+    - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
+    - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative.
+
+    Args:
+        network: any Cell, a loss around a network too.
+
+    Returns:
+        The same network.
+
+    Raises:
+        TypeError: `network` is not a Cell.
+        ValueError: deltas are merged or held out of the network now; a ``mindpet_kernel`` that there is not.
+
+    >>> from mindspore import nn
+    >>> network = accelerate(nn.SequentialCell(nn.Dense(4, 4), nn.LayerNorm((4,))))
+    >>> [parameter.name for parameter in network.get_parameters()]
+    ['0.weight', '0.bias', '1.gamma', '1.beta']
+    """
+    require_in_place("accelerate", network)
+    if _compat.in_parallel_compile_mode() or not build.available():
+        return network
+    made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
+    replacements = {}
+    for path, cell in cells_by_path(network).items():
+        make = _replacement(path, cell)
+        if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
+            continue
+        if id(cell) not in made:
+            made[id(cell)] = make(cell)
+            _compat.copy_recompute(cell, made[id(cell)])
+        replacements[path] = made[id(cell)]
+    if replacements:
+        replace_cells(network, replacements)
+    return network
+
+
+def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:
+    """What makes the fast Cell for this one."""
+    if type(cell) is nn.GELU:
+        return cells.FastGELU
+    if type(cell) is nn.LayerNorm:
+        return cells.FastLayerNorm if _last_axis_only(cell) else None
+    name = getattr(type(cell), "mindpet_kernel", None)
+    if name is not None and name not in _BY_NAME:
+        raise ValueError(
+            f"The 'mindpet_kernel' of the {type(cell).__name__} at {path!r} must be one of {', '.join(_BY_NAME)}, "
+            f"but is {_checks.shown(name)}{_checks.near(name, _BY_NAME)}."
+        )
+    return _BY_NAME[name] if name else None
+
+
+def _last_axis_only(norm: Any) -> bool:
+    one_axis = len(norm.normalized_shape) == 1 and norm.begin_norm_axis == -1 and norm.begin_params_axis == -1
+    return one_axis and norm.gamma.dtype == mstype.float32 and norm.beta.dtype == mstype.float32

@@ -1,0 +1,150 @@
+"""Compile the kernels once, with the machine's own compiler, and find them again afterwards.
+
+Nothing happens at import. The library lies in a cache directory: ``$MINDPET_CACHE``, else ``$XDG_CACHE_HOME/mindpet``,
+else ``~/.cache/mindpet``. Its name is a digest of the source, the compiler, the flags and the processor, so that a
+library is never found by a machine that it was not made for.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from mindpet import _compat, _files
+
+_log = logging.getLogger("mindpet")
+_SOURCE = Path(__file__).with_name("source.cpp")
+# NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
+_FLAGS = (
+    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wl,-z,nodelete"),
+    *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
+)
+_MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes; -mcpu is for ARM
+_SECONDS = 120
+
+
+class KernelsUnavailable(RuntimeError):
+    """There are no kernels on this machine; the message says why."""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the kernels can be used here: compiles them the first time. If not, one line of the log says why."""
+    return not why_not()
+
+
+@functools.cache
+def why_not() -> str:
+    """The reason why there are no kernels, or an empty str. ``MINDPET_KERNELS=0`` turns them off without a warning."""
+    if os.environ.get("MINDPET_KERNELS") == "0":
+        return "MINDPET_KERNELS is 0"
+    try:
+        library()
+    except KernelsUnavailable as error:
+        _log.warning("MindSpore's own operators are used, which are slower: %s", error)
+        return str(error)
+    return ""
+
+
+@functools.cache
+def library() -> Path:
+    """The compiled library.
+
+    Raises:
+        KernelsUnavailable: another device than a CPU, no compiler, a compilation or a cache directory that fails.
+    """
+    if _compat.device_target() != "CPU":
+        raise KernelsUnavailable(f"the kernels are for a CPU, and the device is {_compat.device_target()}.")
+    if platform.system() != "Linux":
+        raise KernelsUnavailable(f"MindSpore takes operators of one's own on Linux only, not on {platform.system()}.")
+    compiler = _compiler()
+    path = cache_directory() / f"kernels-{_digest(compiler)}.so"
+    if not path.is_file():
+        _compile(compiler, path)
+    _check(path)
+    return path
+
+
+def cache_directory() -> Path:
+    """Where the library is kept."""
+    given = os.environ.get("MINDPET_CACHE")
+    if given:
+        return Path(given).absolute()
+    base = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(base) if base else Path.home() / ".cache").absolute() / "mindpet"
+    except RuntimeError as error:  # no home
+        raise KernelsUnavailable(f"there is no cache directory ({error}): set MINDPET_CACHE.") from error
+
+
+def _compiler() -> list[str]:
+    """``$CXX``, else g++, c++ or clang++."""
+    given = shlex.split(os.environ.get("CXX", ""))
+    names = [given[0]] if given else ["g++", "c++", "clang++"]
+    for name in names:
+        found = shutil.which(name)
+        if found:
+            return [found, *given[1:]]
+    raise KernelsUnavailable(f"there is no C++ compiler ({', '.join(names)}).")
+
+
+def _digest(compiler: list[str]) -> str:
+    digest = hashlib.sha256(_SOURCE.read_bytes())
+    for text in (_run([*compiler, "--version"]), repr(compiler), repr((_FLAGS, _MACHINE_FLAGS)), _processor()):
+        digest.update(b"\0" + text.encode())
+    return digest.hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What -march=native depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = [platform.processor()]
+    names = ("model name", "flags", "features", "cpu part", "cpu implementer")
+    return "\n".join([platform.machine(), *sorted({line for line in lines if line.lower().startswith(names)})])
+
+
+def _compile(compiler: list[str], path: Path) -> None:
+    failures = []
+    try:
+        with _files.whole_file(path) as temporary:
+            for flags in _MACHINE_FLAGS:
+                try:
+                    _run([*compiler, *_FLAGS, *flags, str(_SOURCE), "-o", str(temporary)])
+                    return
+                except KernelsUnavailable as error:
+                    failures.append(str(error))
+            raise KernelsUnavailable(failures[0])
+    except OSError as error:
+        raise KernelsUnavailable(f"{path.parent} cannot be written to ({error}): set MINDPET_CACHE.") from error
+
+
+def _check(path: Path) -> None:
+    """Whether MindSpore will be able to load it."""
+    if ":" in str(path):
+        raise KernelsUnavailable(f"MindSpore takes no library whose path has a colon ({path}): set MINDPET_CACHE.")
+    allowed = os.environ.get("MS_CUSTOM_AOT_WHITE_LIST")
+    if allowed and Path(os.path.realpath(allowed)) not in Path(os.path.realpath(path)).parents:
+        raise KernelsUnavailable(f"{path} is outside of MS_CUSTOM_AOT_WHITE_LIST ({allowed}): set MINDPET_CACHE.")
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        raise KernelsUnavailable(f"{path} cannot be loaded ({error}): delete it.") from error
+
+
+def _run(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelsUnavailable(f"{command[0]} cannot be run: {error}") from error
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise KernelsUnavailable(f"{command[0]} failed: {lines[0].strip() if lines else done.returncode}")
+    return done.stdout

@@ -1,0 +1,151 @@
+"""Each kernel as a Cell with its gradient, on float32 Tensors alone; :mod:`mindpet.kernels.cells` chooses when.
+
+A gradient with respect to a parameter is an operator of its own: in graph mode, one that nobody asks for is not run.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+
+from mindpet.kernels.build import library
+
+
+def _first(*shapes: Any) -> Any:
+    return shapes[0]
+
+
+def _last_axis(*shapes: Any) -> Any:
+    return shapes[0][-1:]
+
+
+def _second(*shapes: Any) -> Any:
+    return shapes[1]
+
+
+class Kernel(ops.Custom):
+    """The compiled function of that name; `shape` says the output's from the inputs'."""
+
+    def __init__(self, function: str, shape: Callable = _first):
+        super().__init__(f"{library()}:{function}", shape, mstype.float32, func_type="aot")
+        self.function = function
+
+    def __deepcopy__(self, memo: dict) -> "Kernel":  # MindSpore's does not know what a Custom is made from
+        return Kernel(self.function, self.out_shape)
+
+
+class _Function(nn.Cell):
+    """y = f(x)."""
+
+    def __init__(self, name: str):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel(f"{name}_forward")
+        self.backward = Kernel(f"{name}_backward")
+
+    def construct(self, x):
+        return self.forward(x)
+
+    def bprop(self, x, out, dout):
+        return (self.backward(x, dout),)
+
+
+class GELU(_Function):
+    r"""The exact form, :math:`x\,\Phi(x)`."""
+
+    def __init__(self):
+        super().__init__("gelu")
+
+
+class TanhGELU(_Function):
+    r"""The tanh form, :math:`\tfrac x2 (1 + \tanh(\sqrt{2/\pi}\,(x + 0.044715 x^3)))`."""
+
+    def __init__(self):
+        super().__init__("gelu_tanh")
+
+
+class GatedSiLU(nn.Cell):
+    r""":math:`\mathrm{gate}\,\sigma(\mathrm{gate}) \cdot \mathrm{up}` of two Tensors of one shape."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("gated_silu_forward")
+        self.backward = Kernel("gated_silu_backward")
+
+    def construct(self, gate, up):
+        return self.forward(gate, up)
+
+    def bprop(self, gate, up, out, dout):
+        return self.backward(gate, up, dout), self.forward(gate, dout)
+
+
+class LayerNorm(nn.Cell):
+    r""":math:`\gamma\,(x - \mathrm{E}x) / \sqrt{\mathrm{Var}\,x + \epsilon} + \beta` over the last axis.
+
+    Shapes: x ``(..., size)``, gamma and beta ``(size,)``.
+    """
+
+    def __init__(self, epsilon: float):
+        super().__init__(auto_prefix=False)
+        self.epsilon = Tensor([epsilon], mstype.float32)
+        self.forward = Kernel("layer_norm_forward")
+        self.backward = Kernel("layer_norm_backward")
+        self.backward_gamma = Kernel("layer_norm_backward_gamma", _last_axis)
+        self.backward_beta = Kernel("layer_norm_backward_beta", _last_axis)
+
+    def construct(self, x, gamma, beta):
+        return self.forward(x, gamma, beta, self.epsilon)
+
+    def bprop(self, x, gamma, beta, out, dout):
+        dx = self.backward(x, gamma, self.epsilon, dout)
+        return dx, self.backward_gamma(x, self.epsilon, dout), self.backward_beta(dout)
+
+
+class RMSNorm(nn.Cell):
+    r""":math:`w\,x / \sqrt{\mathrm{E}x^2 + \epsilon}` over the last axis: x ``(..., size)``, w ``(size,)``."""
+
+    def __init__(self, epsilon: float):
+        super().__init__(auto_prefix=False)
+        self.epsilon = Tensor([epsilon], mstype.float32)
+        self.forward = Kernel("rms_norm_forward")
+        self.backward = Kernel("rms_norm_backward")
+        self.backward_weight = Kernel("rms_norm_backward_weight", _last_axis)
+
+    def construct(self, x, weight):
+        return self.forward(x, weight, self.epsilon)
+
+    def bprop(self, x, weight, out, dout):
+        return self.backward(x, weight, self.epsilon, dout), self.backward_weight(x, self.epsilon, dout)
+
+
+class MaskedSoftmax(nn.Cell):
+    """Softmax of ``scores + mask`` over the last axis; the mask is a constant.
+
+    Shapes: scores ``(batch, heads, queries, keys)``; the mask the same, with 1 for any axis but the last.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("masked_softmax_forward")
+        self.backward = Kernel("softmax_backward")
+
+    def construct(self, scores, mask):
+        return self.forward(scores, mask)
+
+    def bprop(self, scores, mask, out, dout):
+        return self.backward(out, dout), ops.zeros_like(mask)
+
+
+class CrossEntropy(nn.Cell):
+    """-log(softmax(logits)[label]) of each row, 0 for a label below 0: ``(rows, classes)``, int32 ``(rows,)``."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("cross_entropy_forward", _second)
+        self.backward = Kernel("cross_entropy_backward")
+
+    def construct(self, logits, labels):
+        return self.forward(logits, labels)
+
+    def bprop(self, logits, labels, out, dout):
+        return self.backward(logits, labels, dout), ops.zeros_like(labels)

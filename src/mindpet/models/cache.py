@@ -1,0 +1,156 @@
+"""Keys and values of tokens already seen, so that each new token costs one step.
+
+Every layer has two buffers, one for keys and one for values, with a fixed number of slots for each row. The token at
+position p of its row is in slot p, so padding takes no room, and what a token sees is every slot up to its own. The
+last slot is where padding goes. In graph mode a prompt is taken in pieces of `PIECE` tokens, so that two graphs are
+compiled, for a piece and for a token, whatever the prompt's length; the buffers of a cache that is gone are used
+again, since a compiled graph is bound to them.
+"""
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+import mindspore as ms
+import numpy as np
+from mindspore import Parameter, Tensor, nn, ops
+
+from mindpet import _checks
+
+if TYPE_CHECKING:
+    from mindpet.models.causal import CausalLanguageModel
+
+PIECE = 32  # tokens of a prompt that are taken in at once in graph mode
+SMALLEST = 128  # slots; sizes double from here
+
+
+class KeyValueCache:
+    """What :meth:`~mindpet.models.causal.CausalLanguageModel.step` remembers of each row.
+
+    Attributes:
+        batch: rows.
+        lengths: tokens of each row so far, those of the prefix included. Lowering an entry forgets the last tokens.
+        capacity: slots of each row, one of which is for padding.
+    """
+
+    def __init__(self, network: "CausalLanguageModel", batch: int, length: int):
+        self.batch = _checks.positive_int("new_cache", "batch", batch)
+        length = _checks.positive_int("new_cache", "length", length)
+        pairs = _prefix_of(network)
+        tokens = pairs[0][0].shape[0] if pairs else 0
+        self.lengths = np.full(self.batch, tokens, np.int32)
+        self._network = network
+        self.capacity = 0
+        self.buffers: tuple[Parameter, ...] = ()
+        self.reserve(tokens + length)
+        parts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
+        for index, part in enumerate(parts):
+            rows = self._by_head(self.buffers[index])
+            rows[:, :, :tokens] = part.transpose(1, 0, 2)
+            self.buffers[index].set_data(Tensor(rows.reshape(self.buffers[index].shape)))
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of `length` tokens, prefix included.
+
+        Raises:
+            ValueError: the network has fewer positions.
+        """
+        limit = self._network.positions
+        if length > limit:
+            raise ValueError(f"{length} tokens, prefix included, are more than the {limit} positions of the network.")
+        if length < self.capacity:
+            return
+        old, held = self.buffers, self.capacity
+        self.capacity = max(SMALLEST, 1 << length.bit_length())
+        key = (self.batch, self.capacity)
+        pool = self._network.__dict__.setdefault("mindpet_buffers", {}).setdefault(key, [])
+        self.buffers = pool.pop() if pool else _new_buffers(self._network, *key)
+        for index, buffer in enumerate(self.buffers):
+            rows = np.zeros_like(self._by_head(buffer))
+            if old:
+                rows[:, :, : held - 1] = self._by_head(old[index])[:, :, : held - 1]
+            buffer.set_data(Tensor(rows.reshape(buffer.shape)))
+        weakref.finalize(self, pool.append, self.buffers).atexit = False
+
+    def _by_head(self, buffer: Parameter) -> np.ndarray:
+        """A copy of a buffer as (batch, heads, slots, head_dim)."""
+        slot = self._network.prefix_slot
+        return buffer.asnumpy().reshape((self.batch, slot.num_heads, -1, slot.head_dim)).copy()
+
+
+class Step(nn.Cell):
+    """The next n tokens of every row: ids and positions ``(batch, n)`` to logits ``(batch, vocabulary)``."""
+
+    def __init__(self, network: "CausalLanguageModel"):
+        super().__init__(auto_prefix=False)  # the parameters keep their names
+        self.network = network
+        self.heads = network.prefix_slot.num_heads
+
+    def construct(self, input_ids, positions, *buffers):
+        batch, count = input_ids.shape
+        capacity = buffers[0].shape[0] // (batch * self.heads)
+        hidden = (ops.arange(capacity) > positions.expand_dims(2)).astype(ms.float32)  # (batch, n, capacity)
+        starts = (ops.arange(batch * self.heads) * capacity).reshape((batch, self.heads, 1))
+        slots = (starts + positions.expand_dims(1)).reshape(-1).astype(ms.int32)  # (batch * heads * n,)
+        layers = len(buffers) // 2
+        extras: tuple = ()
+        for layer in range(layers):
+            extras += ((buffers[layer], buffers[layers + layer], slots),)
+        rows = self.network.hidden_rows(input_ids, positions, hidden.expand_dims(1), extras)
+        last = rows.reshape((batch, count, -1))[:, -1]  # (batch, hidden)
+        return self.network.logits_of(last)
+
+
+def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any, cache: KeyValueCache) -> Tensor:
+    """See :meth:`~mindpet.models.causal.CausalLanguageModel.step`."""
+    ids = _as_int32(input_ids)
+    mask = np.ones_like(ids) if attention_mask is None else _as_int32(attention_mask)
+    if ids.ndim != 2 or ids.shape[0] != cache.batch or mask.shape != ids.shape:
+        raise ValueError(
+            f"For 'step', 'input_ids' and 'attention_mask' must be ({cache.batch}, n) for this cache, "
+            f"but got {ids.shape} and {mask.shape}."
+        )
+    if not mask.any() or mask.min() < 0 or mask.max() > 1:
+        raise ValueError(
+            "For 'step', 'attention_mask' must be 1 for tokens and 0 for padding, with one token at least."
+        )
+    lengths = cache.lengths + mask.sum(1, dtype=np.int32)
+    cache.reserve(int(lengths.max()))
+    order = np.argsort(mask, axis=1, kind="stable")[:, -int(mask.sum(1).max()) :]  # padding to the left
+    ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
+    positions = np.where(mask, lengths[:, None] + np.arange(-ids.shape[1], 0), cache.capacity - 1).astype(np.int32)
+    size = ids.shape[1]
+    if size > 1 and ms.get_context("mode") == ms.GRAPH_MODE:
+        missing, size = -size % PIECE, PIECE
+        ids = np.pad(ids, ((0, 0), (missing, 0)))
+        positions = np.pad(positions, ((0, 0), (missing, 0)), constant_values=cache.capacity - 1)
+    step = network.step_cell()
+    for start in range(0, ids.shape[1], size):
+        piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
+        logits = step(*piece, *cache.buffers)
+    cache.lengths = lengths
+    return logits
+
+
+def _prefix_of(network: "CausalLanguageModel") -> list[list[np.ndarray]]:
+    """The [key, value] of each layer, ``(tokens, heads, head_dim)``, without dropout; empty without a prefix."""
+    slot = network.prefix_slot
+    if not hasattr(slot, "delta_method"):
+        return []
+    training = slot.training
+    pairs = [[part.asnumpy() for part in pair] for pair in slot.set_train(False)()]
+    slot.set_train(training)
+    return pairs
+
+
+def _new_buffers(network: "CausalLanguageModel", batch: int, capacity: int) -> tuple[Parameter, ...]:
+    slot, dtype = network.prefix_slot, next(iter(network.get_parameters())).dtype
+    shape = (batch * slot.num_heads * capacity, slot.head_dim)
+    return tuple(
+        Parameter(ops.zeros(shape, dtype), name=f"mindpet_cache_{part}_{layer}", requires_grad=False)
+        for part in ("key", "value")
+        for layer in range(slot.num_layers)
+    )
+
+
+def _as_int32(values: Any) -> np.ndarray:
+    return np.asarray(values.asnumpy() if isinstance(values, Tensor) else values).astype(np.int32)

@@ -1,0 +1,196 @@
+"""What causal language models share: who sees whom, where a prefix or a cache enters, and how they are loaded and run.
+
+A network has ``(batch * seq, hidden)`` rows between its embedding and its head, as BERT here does. What an attention
+layer is given besides is its `extra`: nothing, the (key, value) of a prefix, or the (keys, values, slots) of a cache.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mindspore import Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import Normal
+
+from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.cache import KeyValueCache, Step, advance
+from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class CausalLanguageModel(nn.Cell):
+    """A network that predicts the next token; a subclass has the layers.
+
+    ``network(input_ids, attention_mask)`` returns logits ``(batch, seq, vocabulary)``. Both inputs are int32
+    ``(batch, seq)``. `attention_mask` holds the number of each token's segment, 0 for padding, on either side. A token
+    sees itself, the earlier tokens of its segment, and the prefix where there is one. Positions count from the
+    beginning of each segment, after the prefix.
+    """
+
+    base_prefix = ""  # the beginning of the names of everything but the head
+    config_class: Any = None
+    transposed: tuple[str, ...] = ()  # patterns of weights that Hugging Face stores as (in, out)
+    not_weights: tuple[str, ...] = ()  # ends of tensor names that some files have besides
+
+    config: Any
+    positions: int
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **changes: Any) -> "tuple[Self, LoadReport]":
+        """The network whose configuration and weights are at `path`.
+
+        Args:
+            path: a directory in Hugging Face's layout, or a ``.gguf`` file.
+            changes: what is to differ from the configuration, for instance ``attention_dropout=0.1``.
+
+        Returns:
+            The network and what became of each tensor.
+
+        Raises:
+            PretrainedFilesError: a file is missing or broken, or does not fit; all problems in one message.
+        """
+        from mindpet.models.pretrained import open_pretrained
+
+        pretrained = open_pretrained(path)
+        config = dataclasses.replace(cls.config_class.from_content(pretrained.config, str(path)), **changes)
+        tensors = pretrained.tensors()
+        if config.tie_word_embeddings:
+            tensors.pop("lm_head.weight", None)  # the embedding once more
+        for name in [name for name in tensors if cls.not_weights and name.endswith(cls.not_weights)]:
+            del tensors[name]
+        network = cls(dataclasses.replace(config, initializer_range=0.0))  # random numbers take long, and are not used
+        network.config = config
+        return network, load_tensors(network, tensors, cls.base_prefix)
+
+    def new_cache(self, batch: int, length: int) -> KeyValueCache:
+        """An empty cache for `batch` rows of about `length` tokens, prompt and continuation together.
+
+        The prefix of the network, where there is one, is in it already. It grows when more tokens come; each size is
+        compiled once in graph mode.
+
+        Raises:
+            ValueError: more tokens than the network has positions.
+        """
+        return KeyValueCache(self, batch, length)
+
+    def step(self, input_ids: Any, attention_mask: Any, cache: KeyValueCache) -> Tensor:
+        """Take in the next tokens of every row, a whole prompt or one token, and predict the one after.
+
+        Args:
+            input_ids: ints ``(batch, n)``, NumPy or Tensor.
+            attention_mask: 1 for a token, 0 for padding, on either side, ``(batch, n)``; None for no padding.
+            cache: from :meth:`new_cache`; it remembers the tokens.
+
+        Returns:
+            Logits ``(batch, vocabulary)`` after each row's last token. A row of padding alone is not changed, and its
+            logits mean nothing.
+
+        Raises:
+            ValueError: shapes that do not fit, segments, more tokens than positions.
+        """
+        return advance(self, input_ids, attention_mask, cache)
+
+    def step_cell(self) -> Step:
+        """The Cell that :meth:`step` runs; there is one, so that what it compiled stays."""
+        if "mindpet_step" not in self.__dict__:
+            self.__dict__["mindpet_step"] = Step(self)  # beside the cells of the network: it is around them
+        return self.__dict__["mindpet_step"]
+
+    @property
+    def prefix_slot(self) -> PrefixSlot:
+        """Where a prefix is, or could be; its sizes are those of all keys and values."""
+        raise NotImplementedError
+
+    def hidden_rows(self, input_ids, positions, hidden, extras):
+        """The last layer, normalised, as rows: ids and positions ``(batch, n)`` to ``(batch * n, hidden)``.
+
+        Args:
+            input_ids: tokens.
+            positions: where each stands.
+            hidden: 1 where a key is hidden from a token, else 0, ``(batch, 1, n, keys)``.
+            extras: for each layer what :func:`with_extra` takes, or empty.
+        """
+        raise NotImplementedError
+
+    def logits_of(self, rows):
+        """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``."""
+        raise NotImplementedError
+
+    def predict(self, input_ids, attention_mask, pairs):
+        """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none."""
+        batch, seq = input_ids.shape
+        start = pairs[0][0].shape[0] if len(pairs) > 0 else 0
+        if start + seq > self.positions:
+            raise ValueError(f"{seq} tokens after a prefix of {start} are more than the {self.positions} positions.")
+        positions, hidden = segments(attention_mask)
+        if len(pairs) > 0:  # everybody sees the prefix
+            hidden = ops.concat((ops.zeros((batch, 1, seq, start), hidden.dtype), hidden), -1)
+        rows = self.hidden_rows(input_ids, positions + start, hidden, pairs)
+        return self.logits_of(rows).reshape((batch, seq, -1))
+
+
+def segments(attention_mask):
+    """Positions in the segments ``(batch, seq)``, and what is hidden (1) from whom, ``(batch, 1, seq, seq)``.
+
+    >>> positions, hidden = segments(Tensor([[0, 1, 1, 2, 2]]))
+    >>> positions.asnumpy().tolist(), hidden.asnumpy().sum(-1).tolist()
+    ([[0, 0, 1, 0, 1]], [[[5.0, 4.0, 3.0, 4.0, 3.0]]])
+    """
+    order = ops.arange(attention_mask.shape[1])
+    seen = (attention_mask.expand_dims(2) == attention_mask.expand_dims(1)).astype(mstype.float32)  # (batch, seq, seq)
+    seen = seen * (order.expand_dims(1) >= order).astype(mstype.float32)
+    seen = seen * (attention_mask != 0).astype(mstype.float32).expand_dims(1)
+    positions = ops.maximum(seen.sum(-1) - 1.0, 0.0).astype(mstype.int32)
+    return positions, (1.0 - seen).expand_dims(1)
+
+
+def to_add(hidden, dtype):
+    """What to add to attention scores: 0, or where `hidden` is 1 next to minus infinity."""
+    return hidden.astype(dtype) * (-1e9 if dtype == mstype.float32 else -3e4)
+
+
+def start_of(config):
+    """How weights start: normally distributed."""
+    return Normal(config.initializer_range) if config.initializer_range else "zeros"
+
+
+def with_extra(key, value, extra):
+    """All keys and values that a layer attends to, ``(batch, heads, seq, head_dim)`` like those of its own tokens."""
+    if extra is None:
+        return key, value
+    if len(extra) == 2:
+        return _after_prefix(extra[0], key), _after_prefix(extra[1], value)
+    return _written(extra[0], extra[2], key), _written(extra[1], extra[2], value)
+
+
+def _after_prefix(prefix, part):
+    """(tokens, heads, head_dim) before (batch, heads, seq, head_dim), the same for every sample."""
+    prefix = prefix.astype(part.dtype).transpose((1, 0, 2)).expand_dims(0)
+    return ops.concat((ops.tile(prefix, (part.shape[0], 1, 1, 1)), part), 2)
+
+
+def _written(buffer, slots, part):
+    """Write (batch, heads, n, head_dim) into the slots of a buffer, and return all of it, (batch, heads, capacity, .).
+
+    The buffer is a Parameter of rows, (batch * heads * capacity, head_dim), which is changed in place.
+    """
+    batch, heads, _, size = part.shape
+    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, size)).astype(buffer.dtype))
+    return rows.reshape((batch, heads, -1, size))
+
+
+def read_config(config_class: Any, content: dict[str, Any], source: str, known: set[str], model_type: str) -> Any:
+    """The dataclass made of those keys of a ``config.json`` that it has.
+
+    Raises:
+        PretrainedFilesError: of another kind of model, or values that the dataclass refuses.
+    """
+    kind = content.get("model_type", model_type)
+    if kind != model_type:
+        raise PretrainedFilesError(f"{source} is of a {kind!r}, not of a {model_type!r}.")
+    try:
+        return config_class(**{key: value for key, value in content.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise PretrainedFilesError(f"{source}: {error}") from error

@@ -1,0 +1,278 @@
+"""LLaMA: Open and Efficient Foundation Language Models. Touvron et al. 2023, arXiv:2302.13971, section 2.2.
+
+RMSNorm before each block (Zhang and Sennrich 2019, arXiv:1910.07467), rotary positions (Su et al. 2021,
+arXiv:2104.09864), SwiGLU (Shazeer 2020, arXiv:2002.05202), and groups of queries that share a key and a value (Ainslie
+et al. 2023, arXiv:2305.13245). Cells have Hugging Face's paths (``model.layers.0.self_attn.q_proj``).
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from mindspore import Parameter, Tensor, nn, ops
+from mindspore import dtype as mstype
+from mindspore.common.initializer import initializer
+
+from mindpet import _checks
+from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
+from mindpet.models.loading import PretrainedFilesError
+
+
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """The sizes of a LLaMA, under the names of Hugging Face's ``config.json``.
+
+    None for `num_key_value_heads` is one for each query head, and for `head_dim` the hidden size over the heads.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = None  # type: ignore[assignment]  # set below
+    head_dim: int = None  # type: ignore[assignment]
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+
+    def __post_init__(self):
+        if self.num_key_value_heads is None:
+            object.__setattr__(self, "num_key_value_heads", self.num_attention_heads)
+        sizes = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        for name in (*sizes, "num_key_value_heads", "max_position_embeddings"):
+            _checks.positive_int("LlamaConfig", name, getattr(self, name))
+        if self.head_dim is None:
+            _multiple("hidden_size", self.hidden_size, "num_attention_heads", self.num_attention_heads)
+            object.__setattr__(self, "head_dim", self.hidden_size // self.num_attention_heads)
+        _multiple("num_attention_heads", self.num_attention_heads, "num_key_value_heads", self.num_key_value_heads)
+        if _checks.positive_int("LlamaConfig", "head_dim", self.head_dim) % 2:
+            raise ValueError(f"For 'LlamaConfig', 'head_dim' must be even, but got {_checks.shown(self.head_dim)}.")
+        for name in ("rms_norm_eps", "rope_theta"):
+            _checks.non_zero_number("LlamaConfig", name, getattr(self, name))
+        for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
+            _checks.boolean("LlamaConfig", name, getattr(self, name))
+        if self.hidden_act != "silu":
+            raise ValueError(
+                f"For 'LlamaConfig', 'hidden_act' must be 'silu', but got {_checks.shown(self.hidden_act)}."
+            )
+        _checks.rate("LlamaConfig", "attention_dropout", self.attention_dropout, allow_int=True)
+
+    @classmethod
+    def from_content(cls, content: dict[str, Any], source: str) -> "LlamaConfig":
+        """The configuration in the content of a ``config.json``; what does not concern the network is passed over.
+
+        Raises:
+            PretrainedFilesError: not a LLaMA, or one with a feature that this network does not have.
+        """
+        parts = [content.get(key) or {} for key in ("rope_parameters", "rope_scaling")]
+        if not all(isinstance(part, dict) for part in parts):
+            raise PretrainedFilesError(f"{source}: rope_parameters and rope_scaling must be objects or null.")
+        rope = {**parts[0], **parts[1]}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise PretrainedFilesError(
+                f"{source}: rotary positions of the type {kind!r} (rope_scaling) are not supported, only plain ones."
+            )
+        if content.get("sliding_window"):
+            raise PretrainedFilesError(f"{source}: attention in a sliding_window is not supported.")
+        if "rope_theta" in rope:
+            content = {"rope_theta": rope["rope_theta"], **content}
+        return read_config(cls, content, source, {entry.name for entry in dataclasses.fields(cls)}, "llama")
+
+
+def _multiple(name: str, value: int, of_name: str, of: int) -> None:
+    if value % of:
+        raise ValueError(f"For 'LlamaConfig', '{name}' ({value}) must be a multiple of '{of_name}' ({of}).")
+
+
+class RMSNorm(nn.Cell):
+    r"""Scaled to a root mean square of 1, then by a weight: :math:`y = w\, x / \sqrt{\mathrm{mean}(x^2) + \epsilon}`.
+
+    Shapes: x and y ``(..., hidden)``, w ``(hidden,)``. It is computed in float32.
+    """
+
+    def __init__(self, size: int, epsilon: float):
+        super().__init__()
+        self.weight = Parameter(initializer("ones", (size,)), name="weight")
+        self.epsilon = epsilon
+        self.mean = ops.ReduceMean(keep_dims=True)
+        self.rsqrt = ops.Rsqrt()
+
+    def construct(self, x):
+        wide = x.astype(mstype.float32)
+        scaled = wide * self.rsqrt(self.mean(wide * wide, -1) + self.epsilon)
+        return scaled.astype(x.dtype) * self.weight
+
+
+class SwiGLU(nn.Cell):
+    r"""A gate over values: :math:`y = \mathrm{silu}(g)\, u`, with :math:`\mathrm{silu}(g) = g / (1 + e^{-g})`."""
+
+    def __init__(self):
+        super().__init__()
+        self.sigmoid = ops.Sigmoid()
+
+    def construct(self, gate, up):
+        return gate * self.sigmoid(gate) * up
+
+
+class Rotary(nn.Cell):
+    r"""Turns the pairs (x_i, x_{i + d/2}) of each head by angles that grow with the position.
+
+    .. math:: \phi_{p,i} = p\, \theta^{-2i/d}
+
+    Called with positions ``(batch, n)`` it gives cosines and signed sines, each ``(batch, 1, n, d)``, for :func:`turn`.
+    """
+
+    def __init__(self, size: int, theta: float):
+        super().__init__()
+        self.speeds = Tensor([theta ** (-2.0 * i / size) for i in range(size // 2)], mstype.float32)
+
+    def construct(self, positions, dtype):
+        angles = positions.astype(mstype.float32).expand_dims(-1) * self.speeds  # (batch, n, d / 2)
+        cos, sin = ops.cos(angles).astype(dtype), ops.sin(angles).astype(dtype)
+        return ops.concat((cos, cos), -1).expand_dims(1), ops.concat((-sin, sin), -1).expand_dims(1)
+
+
+def turn(x, cos, sin):
+    """Rotate ``(batch, heads, n, d)`` by what :class:`Rotary` gives: x cos + (the other half of x) sin."""
+    half = x.shape[-1] // 2
+    swapped = ops.concat((x[..., half:], x[..., :half]), -1)
+    return x * cos + swapped * sin
+
+
+class LlamaAttention(nn.Cell):
+    """Attention of every token to those it may see; each key and value serves a group of query heads."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, self.head_dim = config.hidden_size, config.head_dim
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.q_proj = _dense(hidden, self.heads * self.head_dim, config.attention_bias, config)
+        self.k_proj = _dense(hidden, self.kv_heads * self.head_dim, config.attention_bias, config)
+        self.v_proj = _dense(hidden, self.kv_heads * self.head_dim, config.attention_bias, config)
+        self.o_proj = _dense(self.heads * self.head_dim, hidden, config.attention_bias, config)
+        self.dropout = nn.Dropout(p=config.attention_dropout)
+        self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
+        self.softmax = ops.Softmax(axis=-1)
+        self.scale = 1.0 / math.sqrt(config.head_dim)
+
+    def construct(self, rows, mask, cos, sin, extra):
+        batch, _, seq, _ = mask.shape
+        query = turn(self.split_heads(self.q_proj(rows) * self.scale, batch), cos, sin)
+        key = turn(self.split_heads(self.k_proj(rows), batch), cos, sin)  # (batch, kv_heads, seq, dim)
+        key, value = with_extra(key, self.split_heads(self.v_proj(rows), batch), extra)  # (batch, kv_heads, keys, dim)
+        grouped = query.reshape((batch, self.kv_heads, -1, self.head_dim))  # (batch, kv_heads, group * seq, dim)
+        scores = self.scores(grouped, key).reshape((batch, self.heads, seq, -1))
+        weights = self.dropout(self.softmax(scores + mask))  # (batch, heads, seq, keys)
+        mixed = self.mix(weights.reshape((batch, self.kv_heads, -1, weights.shape[-1])), value)
+        mixed = mixed.reshape((batch, self.heads, seq, self.head_dim)).transpose((0, 2, 1, 3))
+        return self.o_proj(mixed.reshape((-1, self.heads * self.head_dim)))
+
+    def split_heads(self, rows, batch):
+        """(batch * seq, heads * head_dim) -> (batch, heads, seq, head_dim)."""
+        return rows.reshape((batch, -1, rows.shape[-1] // self.head_dim, self.head_dim)).transpose((0, 2, 1, 3))
+
+
+class LlamaMLP(nn.Cell):
+    """The feed-forward network."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        hidden, wide = config.hidden_size, config.intermediate_size
+        self.gate_proj = _dense(hidden, wide, config.mlp_bias, config)
+        self.up_proj = _dense(hidden, wide, config.mlp_bias, config)
+        self.down_proj = _dense(wide, hidden, config.mlp_bias, config)
+        self.act = SwiGLU()
+
+    def construct(self, rows):
+        return self.down_proj(self.act(self.gate_proj(rows), self.up_proj(rows)))
+
+
+class LlamaDecoderLayer(nn.Cell):
+    """Attention, then the feed-forward network, each on normalised rows and added to what came in."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.self_attn = LlamaAttention(config)
+        self.mlp = LlamaMLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def construct(self, rows, mask, cos, sin, extra):
+        rows = rows + self.self_attn(self.input_layernorm(rows), mask, cos, sin, extra)
+        return rows + self.mlp(self.post_attention_layernorm(rows))
+
+
+class LlamaModel(nn.Cell):
+    """The embedding, the layers, the last norm, and the slot for prefix methods."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        start = start_of(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, embedding_table=start)
+        self.layers = nn.CellList([LlamaDecoderLayer(config) for _ in range(config.num_hidden_layers)])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config.head_dim, config.rope_theta)
+        self.prefix = PrefixSlot(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+
+    def construct(self, input_ids, positions, hidden, extras):
+        rows = self.embed_tokens(input_ids.reshape(-1))  # (batch * seq, hidden)
+        cos, sin = self.rotary(positions, rows.dtype)
+        mask = to_add(hidden, rows.dtype)
+        for index in range(len(self.layers)):
+            rows = self.layers[index](rows, mask, cos, sin, extras[index] if len(extras) > 0 else None)
+        return self.norm(rows)
+
+
+class LlamaForCausalLM(CausalLanguageModel):
+    """LLaMA with its head, which may share the embedding's table.
+
+    See :class:`~mindpet.models.causal.CausalLanguageModel` for inputs, generation and loading.
+
+    >>> sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 4}
+    >>> network = LlamaForCausalLM(LlamaConfig(vocab_size=11, num_key_value_heads=2, **sizes))
+    >>> network(ops.ones((2, 5), mstype.int32), ops.ones((2, 5), mstype.int32)).shape
+    (2, 5, 11)
+    """
+
+    base_prefix = "model."
+    config_class = LlamaConfig
+    not_weights = ("rotary_emb.inv_freq",)
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.config, self.positions = config, config.max_position_embeddings
+        self.model = LlamaModel(config)
+        self.tied = config.tie_word_embeddings
+        if self.tied:
+            self.head = ops.MatMul(transpose_b=True)
+        else:
+            self.lm_head = _dense(config.hidden_size, config.vocab_size, False, config)
+
+    @property
+    def prefix_slot(self) -> PrefixSlot:
+        """At ``model.prefix``."""
+        return self.model.prefix
+
+    def construct(self, input_ids, attention_mask):
+        return self.predict(input_ids, attention_mask, self.model.prefix())
+
+    def hidden_rows(self, input_ids, positions, hidden, extras):
+        return self.model(input_ids, positions, hidden, extras)
+
+    def logits_of(self, rows):
+        return self.head(rows, self.model.embed_tokens.embedding_table) if self.tied else self.lm_head(rows)
+
+
+def _dense(in_size: int, out_size: int, has_bias: bool, config: LlamaConfig) -> nn.Dense:
+    start = start_of(config)
+    return nn.Dense(in_size, out_size, weight_init=start, bias_init="zeros", has_bias=has_bias)

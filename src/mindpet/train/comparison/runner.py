@@ -1,0 +1,239 @@
+"""Runs cells in processes of their own, so that peak memory and compiled graphs are theirs and a crash costs one."""
+
+import fcntl
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mindpet import _files
+from mindpet._checks import NothingFitsError
+from mindpet.train.comparison.cells import Cell, Watcher
+from mindpet.train.config import as_yaml
+from mindpet.train.fit import Interrupted
+
+_PROGRESS = re.compile(r"step (\d+)/(\d+)\b.*?([\d.]+) s left")
+_SHOWN = 8  # last lines of a failed run
+_PATIENCE = 120.0  # seconds that a run gets to finish its step and save
+
+
+class _Process:
+    """A cell that runs: the process, and how far it is."""
+
+    def __init__(self, cell: Cell, jobs: int, lock: int):
+        self.cell, self.begun = cell, time.monotonic()
+        run_file, self.log = cell.directory / "cell.yaml", cell.directory / "log.txt"
+        self.errors = cell.directory / "errors.txt"
+        _files.write_text(run_file, as_yaml(cell.config))
+        self.resumed = cell.can_resume()
+        how = "--resume" if self.resumed else "--overwrite"
+        words = [sys.executable, "-m", "mindpet", "finetune", str(run_file), how]
+        with open(self.log, "w", encoding="utf-8") as output, open(self.errors, "w", encoding="utf-8") as errors:
+            self.process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=errors,
+                env=_environment(jobs),
+                pass_fds=(lock,),
+            )
+
+    def position(self) -> tuple[int, int, float] | None:
+        """(step, total, seconds left), once the run has said so."""
+        with open(self.log, "rb") as file:
+            file.seek(max(0, os.path.getsize(self.log) - 4096))
+            found = _PROGRESS.findall(file.read().decode("utf-8", "replace"))
+        return (int(found[-1][0]), int(found[-1][1]), float(found[-1][2])) if found else None
+
+    def last_lines(self) -> str:
+        """The end of what the run said about its failure, or else of what it printed."""
+        for path in (self.errors, self.log):
+            lines = [line.rstrip() for line in path.read_text("utf-8", "replace").splitlines() if line.strip()]
+            if lines:
+                break
+        return "\n".join(lines[-_SHOWN:])
+
+
+def _environment(jobs: int) -> dict[str, str]:
+    """The cores are shared out among the cells that run at once, unless OMP_NUM_THREADS says otherwise."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    return {**environment, "COLUMNS": "120"}
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class CellRunner:
+    """Runs cells, `jobs` at a time, each in its own process.
+
+    Args:
+        jobs: how many at once.
+        total: cells of the whole comparison, for the estimate.
+        watcher: is told how it goes on.
+        after: is called whenever a cell has ended.
+
+    Attributes:
+        failures: the last lines of each cell that failed.
+    """
+
+    def __init__(self, jobs: int, total: int, watcher: Watcher, after: Callable[[], Any] = lambda: None):
+        self.jobs, self.total, self.watcher, self.after = jobs, total, watcher, after
+        self.failures: dict[Cell, str] = {}
+        self.done = 0
+        self.seconds: dict[str, list[float]] = {}
+
+    def run(self, cells: list[Cell]) -> None:
+        """Run what is not finished; a failed cell does not stop the others.
+
+        Raises:
+            Interrupted: on SIGINT or SIGTERM, after the running cells have saved.
+        """
+        waiting, running = list(cells), list[_Process]()
+        try:
+            with _term_as_interrupt():
+                while waiting or running:
+                    while waiting and len(running) < self.jobs:
+                        process = self._start(waiting.pop(0))
+                        running += [process] if process else []
+                    if running:
+                        time.sleep(0.2)
+                    for process in [one for one in running if one.process.poll() is not None]:
+                        running.remove(process)
+                        self._ended(process)
+                    self._show(running, waiting)
+        except KeyboardInterrupt as wish:
+            self._interrupt(running, signal.SIGINT if isinstance(wish, _Terminated) else signal.SIGTERM)
+            raise Interrupted(
+                f"Stopped; {self.done} of {self.total} cells are done, the rest is saved. The same command goes on."
+            ) from None
+        finally:
+            for one in running:  # none is left, unless something here went wrong
+                one.process.terminate()
+
+    def _start(self, cell: Cell) -> _Process | None:
+        refusal = cell.refusal()
+        if refusal or cell.report() is not None:
+            self.watcher.message(f"{cell}: " + ("does not apply." if refusal else "is finished already."))
+            self._count(cell)
+            return None
+        lock = _lock(cell.directory)
+        if lock is None:
+            self.watcher.message(f"{cell}: another process runs it at this moment; left to that one.")
+            self.done += 1
+            return None
+        if cell.can_resume():
+            how = "going on from its last save"
+        else:
+            changes = cell.changes() if (cell.directory / "run.yaml").is_file() else []
+            how = "done anew, settings have changed (" + "; ".join(changes) + ")" if changes else "begins"
+        self.watcher.message(f"{cell}: {how} ({self.done + 1} of {self.total}).")
+        try:
+            return _Process(cell, self.jobs, lock)
+        finally:
+            os.close(lock)  # the process has it now
+
+    def _ended(self, process: _Process) -> None:
+        cell, status = process.cell, process.process.returncode
+        self.watcher.ended(str(cell))
+        if status == 0:
+            after = (cell.report() or {}).get("after", {})
+            words = ", ".join(f"{key} {value:.4g}" for key, value in after.items())
+            self.watcher.message(f"{cell}: done in {time.monotonic() - process.begun:.0f} s. {words}")
+        elif status == NothingFitsError.exit_code and not cell.config.method.options.get("targets"):
+            reason = process.last_lines()
+            cell.refuse(reason)
+            self.watcher.message(f"{cell}: the method does not apply to this network:\n{reason}")
+        else:
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
+            self.failures[cell] = process.last_lines() or f"It ended with {how}."
+            if process.resumed:
+                self.failures[cell] += f"\nIt went on from a save; --redo {cell.variant} begins anew."
+            self.watcher.message(f"{cell}: failed with {how}:\n{self.failures[cell]}")
+        self._count(cell)
+        self.after()
+
+    def _count(self, cell: Cell) -> None:
+        self.done += 1
+        report = cell.report()
+        if report:
+            self.seconds.setdefault(cell.variant, []).append(report["seconds"]["whole"])
+
+    def _show(self, running: list[_Process], waiting: list[Cell]) -> None:
+        known, left = [second for times in self.seconds.values() for second in times], 0.0
+        for process in running:
+            position = process.position()
+            elapsed = time.monotonic() - process.begun
+            if position:
+                self.watcher.progress(str(process.cell), *position[:2])
+                left += position[2]
+                known.append(elapsed + position[2])
+            elif known:
+                left += max(0.0, statistics.median(self.seconds.get(process.cell.variant, known)) - elapsed)
+        later = self.total - self.done - len(running)
+        if not known:
+            self.watcher.overall(self.done, self.total, None)
+            return
+        per_cell = [statistics.median(self.seconds.get(cell.variant, known)) for cell in waiting]
+        beyond = max(0, later - len(waiting)) * statistics.median(known)
+        self.watcher.overall(self.done, self.total, (left + sum(per_cell) + beyond) / self.jobs)
+
+    def _interrupt(self, running: list[_Process], number: signal.Signals) -> None:
+        """Have the running cells save and end; a second interruption ends them at once.
+
+        They may have the signal already, when it went to the whole group, and end at once when they get the same one
+        twice: so they are sent the other one of the two, which they take for the same wish.
+        """
+        self.watcher.message("Stopping: the running cells finish their step and save...")
+        for one in running:
+            one.process.send_signal(number)
+        end = time.monotonic() + _PATIENCE
+        try:
+            for one in running:
+                one.process.wait(max(0.1, end - time.monotonic()))
+        except (KeyboardInterrupt, subprocess.TimeoutExpired):
+            for one in running:
+                one.process.kill()
+                one.process.wait()
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which is treated as Ctrl-C is."""
+
+
+@contextmanager
+def _term_as_interrupt() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, frame: Any) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _lock(directory: Path) -> int | None:
+    """A lock on the directory that lives as long as a process which inherits it; None when somebody has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock

@@ -1,0 +1,61 @@
+"""The learning rate of a method: the best of a grid, judged on training rows that are kept apart for it."""
+
+from pathlib import Path
+from typing import Any
+
+from mindpet import _files
+from mindpet.train.comparison.cells import Cell, Watcher, settings_of
+from mindpet.train.comparison.runner import CellRunner
+from mindpet.train.comparison.tables import quality_of
+from mindpet.train.config import RunFileError
+
+SEARCH_FILE = "search.json"
+
+
+def judge(directory: Path, cells: list[Cell], runner: CellRunner, watcher: Watcher) -> None:
+    """Write down which rate of a search was the best on the validation rows; none when all of them failed."""
+    candidates, found = [], list[tuple[float, float, float]]()
+    for cell in cells:
+        report, rate = cell.report(), cell.config.train.learning_rate or 0.0
+        entry: dict[str, Any] = {"learning_rate": rate}
+        if report is None:
+            entry["failed"] = runner.failures.get(cell, cell.refusal() or "not finished")
+        else:
+            key, value, sign = quality_of(report)
+            entry[key] = value
+            entry["evaluation_loss"] = loss = report["after"]["evaluation_loss"]
+            found.append((sign * value, -loss, rate))  # of equals the lower loss
+        candidates.append(entry)
+    if not found:
+        return
+    for cell in cells:
+        runner.failures.pop(cell, None)  # a rate that is too high is an answer, too
+    rates = [cell.config.train.learning_rate or 0.0 for cell in cells]
+    chosen = max(found)[2]
+    at_edge = len(rates) > 1 and chosen in (min(rates), max(rates))
+    _files.write_json(
+        directory / SEARCH_FILE,
+        {
+            "chosen": chosen,
+            "at_edge": at_edge,
+            "judged_on": cells[0].config.data.test,
+            "trained_on": cells[0].config.data.train,
+            "candidates": candidates,
+            "settings": _search_settings(cells),
+        },
+    )
+    edge = " It is at the edge of the grid: a wider compare.grid may hold a better one." if at_edge else ""
+    watcher.message(f"{cells[0].variant}: the best learning rate on the validation rows is {chosen:g}.{edge}")
+
+
+def recorded_rate(directory: Path, cells: list[Cell]) -> float | None:
+    """The rate that a search with these very settings found, if there was one."""
+    path = directory / SEARCH_FILE
+    if not path.is_file():
+        return None
+    content = _files.read_json(path, RunFileError)
+    return content["chosen"] if content["settings"] == _search_settings(cells) else None
+
+
+def _search_settings(cells: list[Cell]) -> list[dict[str, Any]]:
+    return [settings_of(cell.config) for cell in cells]

@@ -1,0 +1,89 @@
+"""The compiled functions called without MindSpore. ``python direct.py LIBRARY`` prints a digest for each kernel.
+
+With ``crowd`` as well, eight threads call them at the same time, and then a forked process does.
+"""
+
+import ctypes
+import hashlib
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+
+def call(library, name, *inputs, shape):
+    """What the Custom operator of that name returns."""
+    arrays = [np.ascontiguousarray(value) for value in inputs] + [np.empty(shape, np.float32)]
+    count = len(arrays)
+    shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
+    code = getattr(library, name)(
+        count,
+        (ctypes.c_void_p * count)(*[array.ctypes.data for array in arrays]),
+        (ctypes.c_int * count)(*[array.ndim for array in arrays]),
+        (ctypes.c_void_p * count)(*[ctypes.addressof(each) for each in shapes]),
+        (ctypes.c_char_p * count)(*[str(array.dtype).encode() for array in arrays]),
+        None,
+        None,
+    )
+    if code:
+        raise ValueError(f"{name} returned {code}")
+    return arrays[-1]
+
+
+def digests(library):
+    """Every kernel at a size that all threads share."""
+    generator = np.random.default_rng(0)
+    rows, columns = 1501, 131
+    x, up, dy = (generator.standard_normal((rows, columns), np.float32) for _ in range(3))
+    weight, bias = (generator.standard_normal(columns, np.float32) for _ in range(2))
+    epsilon = np.array([1e-5], np.float32)
+    scores, slopes = (generator.standard_normal((4, 6, 64, 64), np.float32) for _ in range(2))
+    mask = generator.standard_normal((4, 1, 1, 64), np.float32)
+    labels = generator.integers(-1, columns, rows).astype(np.int32)
+    losses = generator.standard_normal(rows, np.float32)
+    same, last = (rows, columns), (columns,)
+    calls = {
+        "gelu_forward": ((x,), same),
+        "gelu_backward": ((x, dy), same),
+        "gelu_tanh_forward": ((x,), same),
+        "gelu_tanh_backward": ((x, dy), same),
+        "gated_silu_forward": ((x, up), same),
+        "gated_silu_backward": ((x, up, dy), same),
+        "layer_norm_forward": ((x, weight, bias, epsilon), same),
+        "layer_norm_backward": ((x, weight, epsilon, dy), same),
+        "layer_norm_backward_gamma": ((x, epsilon, dy), last),
+        "layer_norm_backward_beta": ((dy,), last),
+        "rms_norm_forward": ((x, weight, epsilon), same),
+        "rms_norm_backward": ((x, weight, epsilon, dy), same),
+        "rms_norm_backward_weight": ((x, epsilon, dy), last),
+        "masked_softmax_forward": ((scores, mask), scores.shape),
+        "softmax_backward": ((scores, slopes), scores.shape),
+        "cross_entropy_forward": ((x, labels), (rows,)),
+        "cross_entropy_backward": ((x, labels, losses), same),
+    }
+    return {
+        name: hashlib.sha256(call(library, name, *inputs, shape=shape).tobytes()).hexdigest()[:16]
+        for name, (inputs, shape) in calls.items()
+    }
+
+
+def main():
+    library = ctypes.CDLL(sys.argv[1])
+    found = digests(library)
+    if "crowd" in sys.argv:
+        with ThreadPoolExecutor(8) as pool:
+            crowd = list(pool.map(lambda _: digests(library), range(24)))
+        if any(each != found for each in crowd):
+            sys.exit("threads disagree")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if digests(library) == found else 1)
+        if os.waitpid(child, 0)[1]:
+            sys.exit("the forked process disagrees")
+    for name, digest in found.items():
+        print(name, digest)
+
+
+if __name__ == "__main__":
+    main()

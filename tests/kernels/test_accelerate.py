@@ -1,0 +1,275 @@
+"""A network with the kernels in it is the same network: outputs, gradients, names, what trains."""
+
+import copy
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Parameter, Tensor, nn, ops
+
+import mindpet
+from mindpet import BitFitConfig, LoRAConfig
+from mindpet.graph.targets import cells_by_path
+from mindpet.kernels import build
+from mindpet.models import BertConfig, BertForSequenceClassification
+
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
+
+SIZES = {"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+
+
+def tiny_bert(**changes):
+    """The same values at every call."""
+    network = BertForSequenceClassification(BertConfig(**{**SIZES, **changes}), 3)
+    generator = np.random.default_rng(3)
+    for parameter in network.get_parameters():
+        parameter.set_data(Tensor(generator.normal(0.1, 0.3, parameter.shape), ms.float32))
+    network.set_train(False)
+    return network
+
+
+def randomise_deltas(network):
+    generator = np.random.default_rng(4)
+    for parameter in network.trainable_params():
+        parameter.set_data(Tensor(generator.normal(0, 0.3, parameter.shape), ms.float32))
+    return network
+
+
+def batch():
+    generator = np.random.default_rng(5)
+    lengths = np.array([[7], [3], [5]])
+    ids = generator.integers(1, 30, (3, 7))
+    mask = np.arange(7)[None] < lengths
+    return [Tensor(value, ms.int32) for value in (ids, mask, ids % 2)]
+
+
+class LossAndLogits(nn.Cell):
+    """In one graph, which is compiled once."""
+
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, *inputs):
+        logits = self.network(*inputs)
+        return ops.cross_entropy(logits, Tensor([0, 1, 2], ms.int32)), logits
+
+
+def logits_and_gradients(network):
+    weights = ms.ParameterTuple(network.trainable_params())
+    (_, logits), gradients = ops.value_and_grad(LossAndLogits(network), None, weights, has_aux=True)(*batch())
+    return logits.asnumpy(), {p.name: g.asnumpy() for p, g in zip(weights, gradients)}
+
+
+def assert_same(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], atol=1e-5)
+    assert list(found[1]) == list(expected[1])
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, atol=1e-5 * (1 + np.abs(value).max()), err_msg=name)
+
+
+def fast_cells(network):
+    return [path for path, cell in cells_by_path(network).items() if type(cell).__name__.startswith("Fast")]
+
+
+def lora(network):
+    return mindpet.inject(network, LoRAConfig(rank=2, targets=["*.query", "*.value"], modules_to_save=["classifier"]))
+
+
+WAYS = {
+    "all trains": lambda network: network,
+    "LoRA": lora,
+    "BitFit": lambda network: mindpet.inject(network, BitFitConfig()),
+    "BitFit with norms": lambda network: mindpet.inject(network, BitFitConfig(include_norm=True)),
+}
+
+
+@pytest.mark.parametrize(
+    ("order", "way"), [("before", "all trains"), ("before", "LoRA"), *(("after", way) for way in WAYS)]
+)
+def test_same_logits_and_gradients(order, way, mode):
+    expected = logits_and_gradients(randomise_deltas(WAYS[way](tiny_bert())))
+    network = tiny_bert()
+    network = WAYS[way](mindpet.accelerate(network)) if order == "before" else mindpet.accelerate(WAYS[way](network))
+    assert len(fast_cells(network)) == 5  # three norms, a softmax and a GELU
+    assert_same(logits_and_gradients(randomise_deltas(network)), expected)
+
+
+def test_a_compiled_network_can_be_accelerated(mode):
+    network = lora(tiny_bert())
+    before = logits_and_gradients(network)
+    mindpet.accelerate(network)
+    assert_same(logits_and_gradients(network), before)
+
+
+def test_what_is_frozen_afterwards_and_thawed_gets_its_gradient(mode):
+    """Whether a LayerNorm trains is not decided when the kernels come."""
+    network = lora(tiny_bert())
+    mindpet.accelerate(network)
+    norms = [p for p in network.get_parameters() if p.name.endswith((".gamma", ".beta"))]
+    for parameter in norms:
+        parameter.requires_grad = True
+    _, gradients = logits_and_gradients(network)
+    assert all(np.abs(gradients[parameter.name]).max() > 1e-4 for parameter in norms)
+
+
+def test_names_and_what_trains_stay(tmp_path):
+    network = lora(tiny_bert())
+    names = [(p.name, p.requires_grad) for p in network.get_parameters()]
+    norms = sum(isinstance(cell, nn.LayerNorm) for cell in cells_by_path(network).values())
+    assert mindpet.accelerate(network) is network
+    assert [(p.name, p.requires_grad) for p in network.get_parameters()] == names
+    assert [path for path, _ in network.parameters_and_names()] == [name for name, _ in names]
+    assert sum(isinstance(cell, nn.LayerNorm) for cell in cells_by_path(network).values()) == norms
+    ms.save_checkpoint(tiny_bert(), str(tmp_path / "base.ckpt"))
+    missing, unexpected = ms.load_param_into_net(network, ms.load_checkpoint(str(tmp_path / "base.ckpt")))
+    assert unexpected == []
+    assert all("mindpet_delta" in name for name in missing)
+
+
+def test_deltas_come_and_go_in_a_fast_network(tmp_path):
+    network = mindpet.accelerate(tiny_bert())
+    plain = network(*batch()).asnumpy()
+    randomise_deltas(lora(network))
+    tuned = network(*batch()).asnumpy()
+    mindpet.save_delta(network, tmp_path / "delta")
+    with mindpet.disable(network):
+        assert np.abs(network(*batch()).asnumpy() - tuned).max() > 1e-3
+    mindpet.merge(network)
+    np.testing.assert_allclose(network(*batch()).asnumpy(), tuned, atol=1e-5)
+    mindpet.unmerge(network)
+    mindpet.eject(network)
+    np.testing.assert_allclose(network(*batch()).asnumpy(), plain, atol=1e-6)
+    mindpet.load_delta(lora(tiny_bert()), tmp_path / "delta")
+
+
+def test_a_second_call_finds_what_is_new():
+    network = mindpet.accelerate(nn.SequentialCell(nn.GELU(), nn.Dense(4, 4)))
+    first = network[0]
+    network.append(nn.GELU())
+    mindpet.accelerate(network)
+    assert network[0] is first
+    assert fast_cells(network) == ["0", "2"]
+
+
+def test_training_mode_and_shared_cells_stay():
+    shared = nn.LayerNorm((4,))
+    network = nn.CellList([shared, shared])
+    network.set_train(True)
+    mindpet.accelerate(network)
+    assert network[0] is network[1]
+    assert network[0].training
+    assert network[0].gamma is shared.gamma
+
+
+def test_a_copy_works_too(mode):
+    network = mindpet.accelerate(nn.SequentialCell(nn.LayerNorm((4,)), nn.GELU()))
+    x = Tensor(np.arange(8, dtype=np.float32).reshape(2, 4))
+    np.testing.assert_array_equal(copy.deepcopy(network)(x).asnumpy(), network(x).asnumpy())
+
+
+@pytest.mark.parametrize("dtype", [ms.float16, ms.float64])
+def test_other_dtypes_go_to_mindspore(dtype, mode):
+    class Both(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.gelu, self.norm = nn.GELU(approximate=False), nn.LayerNorm((4,))
+
+        def construct(self, x):
+            return self.gelu(x), self.norm(x)
+
+    network = Both()
+    x = Tensor(np.random.default_rng(0).standard_normal((3, 4)), dtype)
+    expected = [value.asnumpy() for value in network(x)]
+    mindpet.accelerate(network)
+    assert fast_cells(network) == ["gelu", "norm"]
+    for found, right in zip(network(x), expected):
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found.asnumpy(), right)
+
+
+def test_a_network_in_float16(mode):
+    """Forced before or after, it computes as without the kernels."""
+    x = batch()
+    expected = tiny_bert().to_float(ms.float16)(*x).asnumpy()
+    before = mindpet.accelerate(tiny_bert().to_float(ms.float16))
+    after = mindpet.accelerate(tiny_bert()).to_float(ms.float16)
+    np.testing.assert_allclose(before(*x).asnumpy(), expected, atol=0.02)
+    np.testing.assert_allclose(after(*x).asnumpy(), expected, atol=0.02)
+
+
+def test_what_is_not_for_a_kernel_is_left_alone():
+    class OwnGELU(nn.GELU):
+        def construct(self, x):
+            return x
+
+    watched = nn.GELU()
+    watched.register_forward_hook(lambda *_: None)
+    wide = nn.LayerNorm((2, 4), begin_norm_axis=-2, begin_params_axis=-2)
+    half = nn.LayerNorm((4,), dtype=ms.float16)
+    network = nn.CellList([OwnGELU(), watched, wide, half, nn.LayerNorm((4,), begin_norm_axis=1, begin_params_axis=1)])
+    mindpet.accelerate(network)
+    assert fast_cells(network) == []
+
+
+class OwnRMSNorm(nn.Cell):
+    mindpet_kernel = "rms_norm"
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.epsilon = Parameter(Tensor([1.0, 2.0, 3.0], ms.float32), name="weight"), 1e-6
+
+    def construct(self, x):
+        return x * ops.rsqrt(ops.square(x).mean(-1, keep_dims=True) + self.epsilon) * self.weight
+
+
+class OwnSwiGLU(nn.Cell):
+    mindpet_kernel = "gated_silu"
+
+    def construct(self, gate, up):
+        return gate * ops.sigmoid(gate) * up
+
+
+class OwnLoss(nn.Cell):
+    mindpet_kernel = "cross_entropy"
+
+    def construct(self, logits, labels):
+        return ops.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+
+
+class OwnNetwork(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.act, self.loss = OwnRMSNorm(), OwnSwiGLU(), OwnLoss()
+
+    def construct(self, x, labels):
+        y = self.norm(x)
+        return self.loss(self.act(y, x), labels)
+
+
+def test_cells_of_ones_own_name_their_kernel(mode, rng):
+    x, labels = Tensor(rng.standard_normal((5, 3)), ms.float32), Tensor([0, 1, 2, -100, 1], ms.int32)
+
+    def values(network):
+        for_x, for_weights = ops.grad(network, 0, ms.ParameterTuple(network.trainable_params()))(x, labels)
+        return [value.asnumpy() for value in (network(x, labels), for_x, *for_weights)]
+
+    fast = mindpet.accelerate(OwnNetwork())
+    assert fast_cells(fast) == ["norm", "act", "loss"]
+    for found, right in zip(values(fast), values(OwnNetwork())):
+        np.testing.assert_allclose(found, right, atol=2e-6)
+
+
+def test_a_misspelt_kernel_is_an_error():
+    class Wrong(nn.Cell):
+        mindpet_kernel = "rmsnorm"
+
+    network = nn.SequentialCell(nn.GELU(), Wrong())
+    with pytest.raises(ValueError, match="must be one of .* did you mean 'rms_norm'"):
+        mindpet.accelerate(network)
+    assert fast_cells(network) == []
+
+
+def test_only_cells():
+    with pytest.raises(TypeError, match="must be a mindspore.nn.Cell"):
+        mindpet.accelerate("network")

@@ -1,0 +1,128 @@
+"""The library is compiled once, for this machine, and a machine without a compiler does without it."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import logging, os, sys
+logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
+os.environ.setdefault("GLOG_v", "4")
+import mindspore as ms
+from mindspore import Tensor, nn
+import mindpet
+from mindpet import kernels
+
+network = nn.SequentialCell(nn.GELU(approximate=False), nn.LayerNorm((4,)))
+for _ in range(2):
+    mindpet.accelerate(network)
+print("CELLS", *[type(cell).__name__ for cell in network])
+print("WHY", kernels.why_not())
+print("VALUE", network(Tensor([[1.0, -1.0, 3.0, 0.0]])).asnumpy().round(4).tolist())
+"""
+
+
+def start(directory, **environment):
+    script = directory / "use_kernels.py"
+    script.write_text(SCRIPT)
+    variables = {**os.environ, "MINDPET_CACHE": str(directory / "cache"), **environment}
+    return subprocess.Popen(
+        [sys.executable, str(script)], cwd=directory, env=variables, stdout=subprocess.PIPE, text=True
+    )
+
+
+def result(process):
+    out, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, out
+    found = {"LOG": []}
+    for line in out.splitlines():
+        kind, _, rest = line.partition(" ")
+        if kind == "LOG":
+            found["LOG"].append(rest)
+        else:
+            found[kind] = rest
+    return found
+
+
+def libraries(directory):
+    return sorted(path.name for path in (directory / "cache").glob("*"))
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ here")
+PLAIN = "GELU LayerNorm"
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_two_processes_at_once_make_one_library(tmp_path):
+    first, second = (result(process) for process in [start(tmp_path), start(tmp_path)])
+    assert first == second
+    assert first["CELLS"] == "FastGELU FastLayerNorm"
+    assert first["LOG"] == []
+    assert first["WHY"] == ""
+    (name,) = libraries(tmp_path)  # and no temporary files
+    made = (tmp_path / "cache" / name).stat().st_mtime_ns
+    assert result(start(tmp_path, MINDPET_KERNELS="0"))["VALUE"] == first["VALUE"]
+    assert result(start(tmp_path))["CELLS"] == "FastGELU FastLayerNorm"
+    assert (tmp_path / "cache" / name).stat().st_mtime_ns == made  # found, not compiled again
+
+
+def test_the_switch_turns_them_off_without_a_word(tmp_path):
+    found = result(start(tmp_path, MINDPET_KERNELS="0"))
+    assert found["CELLS"] == PLAIN
+    assert found["LOG"] == []
+    assert libraries(tmp_path) == []
+
+
+def failing_compiler(directory):
+    """A program that answers --version, and fails at the rest."""
+    program = directory / "bad-compiler"
+    program.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "source.cpp:1: error: no space" >&2\nexit 1\n')
+    program.chmod(0o755)
+    return program
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({"CXX": "/nonexistent"}, "there is no C++ compiler (/nonexistent)"),
+        ({"CXX": "BAD"}, "error: no space"),
+        ({"MINDPET_CACHE": "FILE"}, "cannot be written to"),
+        ({"MINDPET_CACHE": "COLON"}, "colon"),
+        ({"MS_CUSTOM_AOT_WHITE_LIST": "/nowhere"}, "outside of MS_CUSTOM_AOT_WHITE_LIST"),
+    ],
+)
+def test_without_kernels_mindspore_computes_and_one_line_says_why(environment, reason, tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    replaced = {
+        "BAD": str(failing_compiler(tmp_path)),
+        "FILE": str(tmp_path / "file" / "cache"),
+        "COLON": str(tmp_path / "a:b"),
+    }
+    found = result(start(tmp_path, **{key: replaced.get(value, value) for key, value in environment.items()}))
+    assert found["CELLS"] == PLAIN
+    assert len(found["LOG"]) == 1
+    assert reason in found["LOG"][0]
+    assert found["VALUE"].startswith("[[")
+
+
+def test_importing_compiles_nothing(tmp_path):
+    script = tmp_path / "only_import.py"
+    script.write_text("import mindpet.kernels.accelerate, mindpet.kernels.cells\n")
+    variables = {**os.environ, "MINDPET_CACHE": str(tmp_path / "cache")}
+    subprocess.run([sys.executable, str(script)], cwd=tmp_path, env=variables, check=True, timeout=120)
+    assert not (tmp_path / "cache").exists()
+
+
+@needs_compiler
+def test_the_source_compiles_without_a_warning(tmp_path):
+    from mindpet.kernels import build
+
+    flags = [*build._FLAGS, "-Wall", "-Wextra", "-Werror"]
+    source = str(Path(build.__file__).with_name("source.cpp"))
+    done = subprocess.run(["g++", *flags, source, "-o", str(tmp_path / "kernels.so")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

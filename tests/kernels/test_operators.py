@@ -1,0 +1,212 @@
+"""Every kernel and its gradients against float64, at ordinary sizes and at the ends of what floats hold."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Tensor, nn, ops
+
+from mindpet.kernels import build, operators
+from tests.kernels import formulas
+
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
+
+EPSILON = 0.1  # of a row that hardly varies, a smaller one would magnify the last bit
+OPERATORS = {
+    "gelu": (operators.GELU, formulas.gelu),
+    "gelu_tanh": (operators.TanhGELU, formulas.gelu_tanh),
+    "gated_silu": (operators.GatedSiLU, formulas.gated_silu),
+    "layer_norm": (lambda: operators.LayerNorm(EPSILON), formulas.layer_norm),
+    "rms_norm": (lambda: operators.RMSNorm(EPSILON), formulas.rms_norm),
+    "masked_softmax": (operators.MaskedSoftmax, formulas.masked_softmax),
+    "cross_entropy": (operators.CrossEntropy, formulas.cross_entropy),
+}
+CONSTANT = {"masked_softmax": 1, "cross_entropy": 1}  # the input that gets no gradient
+MASKS = [(1, 1, 1), (2, 1, 1), (2, 1, 3), (1, 4, 3), (2, 4, 3)]
+
+
+def inputs_for(name, shape, rng, mask=(2, 1, 1)):
+    def normal(*sizes):
+        return (2 * rng.standard_normal(sizes)).astype(np.float32)
+
+    if name == "masked_softmax":
+        return normal(2, 4, 3, shape[-1]), normal(*mask, shape[-1])
+    if name == "cross_entropy":
+        rows = int(np.prod(shape[:-1]))
+        labels = rng.integers(0, shape[-1], rows).astype(np.int32)
+        labels[::3] = -100
+        return normal(rows, shape[-1]), labels
+    count = {"gelu": 0, "gelu_tanh": 0, "gated_silu": 0, "layer_norm": 2, "rms_norm": 1}[name]
+    second = (normal(*shape),) if name == "gated_silu" else ()
+    return (normal(*shape), *second, *(normal(shape[-1]) for _ in range(count)))
+
+
+def tensors(values):
+    return [Tensor(value) for value in values]
+
+
+class Probed(nn.Cell):
+    """The sum of a kernel's output times a probe."""
+
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+    def construct(self, probe, *inputs):
+        return (self.operator(*inputs) * probe).sum()
+
+
+def check(name, values, rng):
+    make, formula = OPERATORS[name]
+    operator = make()
+    right = formula(*(value.astype(np.float64) if value.dtype.kind == "f" else value for value in values))
+    np.testing.assert_allclose(operator(*tensors(values)).asnumpy(), right, atol=2e-6, rtol=2e-6)
+    wanted = [index for index in range(len(values)) if index != CONSTANT.get(name)]
+    probe = rng.standard_normal(right.shape).astype(np.float32)
+    gradient = ops.grad(Probed(operator), tuple(index + 1 for index in wanted))
+    found = gradient(Tensor(probe), *tensors(values))
+    for index, each in zip(wanted, found if isinstance(found, tuple) else (found,)):
+        expected = formulas.derivative(formula, values, probe, index)
+        scale = 1 + np.abs(expected).max(initial=0)
+        np.testing.assert_allclose(each.asnumpy() / scale, expected / scale, atol=1e-5, err_msg=f"input {index}")
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (2, 3, 40)])
+def test_agrees_with_float64(name, shape, mode, rng):
+    check(name, inputs_for(name, shape, rng), rng)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_a_mask_may_be_one_for_all(mask, mode, rng):
+    check("masked_softmax", inputs_for("masked_softmax", (7,), rng, mask), rng)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+@settings(max_examples=25, deadline=None)
+@given(shape=st.lists(st.integers(1, 5), min_size=2, max_size=4), seed=st.integers(0, 999))
+def test_agrees_with_float64_at_any_shape(name, shape, seed):
+    generator = np.random.default_rng(seed)
+    check(name, inputs_for(name, tuple(shape), generator), generator)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_many_rows_do_not_depend_on_how_they_are_shared_out(name, rng):
+    """Large enough for all threads: each row is what it is alone, and a second run is the same to the bit."""
+    make, _ = OPERATORS[name]
+    operator = make()
+    values = inputs_for(name, (4000, 130), rng)
+    if name == "masked_softmax":
+        values = (rng.standard_normal((8, 12, 64, 64), np.float32), rng.standard_normal((8, 1, 1, 64), np.float32))
+    whole = operator(*tensors(values)).asnumpy()
+    rowwise = {"gated_silu": 2}.get(name, 1)
+    part = [value[-5:] if index < rowwise or name in CONSTANT else value for index, value in enumerate(values)]
+    np.testing.assert_array_equal(whole[-5:], operator(*tensors(part)).asnumpy())
+    gradient = ops.grad(Probed(operator), tuple(range(1, len(values) + 1)))
+    runs = [gradient(Tensor(np.ones_like(whole)), *tensors(values)) for _ in range(2)]
+    for first, second in zip(*runs):
+        np.testing.assert_array_equal(first.asnumpy(), second.asnumpy())
+
+
+def test_sums_over_many_rows_are_right(rng):
+    x, gamma, beta = inputs_for("layer_norm", (50_000, 5), rng)
+    probe = rng.standard_normal(x.shape).astype(np.float32) + 1
+    gradient = ops.grad(Probed(operators.LayerNorm(EPSILON)), (2, 3))
+    for_gamma, for_beta = gradient(Tensor(probe), *tensors((x, gamma, beta)))
+    wide = x.astype(np.float64)
+    normal = formulas.layer_norm(wide, 1.0, 0.0)
+    np.testing.assert_allclose(for_gamma.asnumpy(), (normal * probe).sum(0), atol=0.02)  # sums of 50,000
+    np.testing.assert_allclose(for_beta.asnumpy(), probe.astype(np.float64).sum(0), rtol=1e-6)
+
+
+def test_erf_is_right_to_2e_7():
+    x = np.concatenate([np.linspace(-12, 12, 200_001), [1e-30, -1e-30, 0.0]]).astype(np.float32)
+    wide = x.astype(np.float64)
+    found = operators.GELU()(Tensor(x)).asnumpy()
+    error = np.abs(found - formulas.gelu(wide)) / np.maximum(np.abs(wide), 1.0)  # of the distribution function
+    assert error.max() < 2e-7
+
+
+ENDS = np.array([1e4, -1e4, 1e30, -1e30, 0.0, 88.0, -88.0, 1e-30], np.float32)
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "gated_silu"])
+def test_activations_have_their_limits(name, mode):
+    """Huge and infinite entries: the identity on the right, 0 on the left, slopes 1 and 0."""
+    x = np.append(ENDS, [np.inf, -np.inf]).astype(np.float32)
+    operator = OPERATORS[name][0]()
+    more = [np.ones_like(x)] if name == "gated_silu" else []
+    found = operator(*tensors([x, *more])).asnumpy()
+    slope = ops.grad(Probed(operator), 1)(Tensor(np.ones_like(x)), *tensors([x, *more])).asnumpy()
+    far = np.abs(x) > 50
+    np.testing.assert_allclose(found[far], np.maximum(x, 0)[far], atol=1e-30)
+    np.testing.assert_array_equal(slope[far], (x > 0)[far])
+    assert np.isfinite(slope).all()
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_nan_goes_through(name, mode, rng):
+    values = inputs_for(name, (4, 40), rng)
+    first = values[0].reshape(-1, values[0].shape[-1])
+    first[1, 3] = np.nan  # in the second row, whose label counts
+    operator = OPERATORS[name][0]()
+    found = operator(*tensors(values))
+    slope = ops.grad(Probed(operator), 1)(ops.ones_like(found), *tensors(values)).asnumpy()
+    found = found.asnumpy()
+    entry = (1, 3) if name in ("gelu", "gelu_tanh", "gated_silu") else (1,)
+    assert np.isnan(found.reshape(-1, found.shape[-1] if found.ndim > 1 else 1)[entry]).all()
+    assert np.isnan(slope.reshape(first.shape)[entry]).all()
+    rest = np.delete(found.reshape(len(first), -1), 1, axis=0)
+    assert np.isfinite(rest).all()
+
+
+def test_norms_and_softmax_of_huge_entries():
+    x = np.array([[1e4, -1e4, 1e4, 5.0], [3e4, 3e4, 3e4, 3e4]], np.float32)
+    ones, zeros = np.ones(4, np.float32), np.zeros(4, np.float32)
+    wide = x.astype(np.float64)
+    norm = operators.LayerNorm(EPSILON)(*tensors([x, ones, zeros])).asnumpy()
+    np.testing.assert_allclose(norm, formulas.layer_norm(wide, 1.0, 0.0), atol=1e-6)
+    scaled = operators.RMSNorm(EPSILON)(*tensors([x, ones])).asnumpy()
+    np.testing.assert_allclose(scaled, formulas.rms_norm(wide, 1.0), rtol=1e-6)
+    mask = np.array([0, 0, -1e9, -np.inf], np.float32).reshape(1, 1, 1, 4)
+    softmax = operators.MaskedSoftmax()(*tensors([x.reshape(1, 1, 2, 4), mask])).asnumpy()
+    np.testing.assert_array_equal(softmax[0, 0], [[1, 0, 0, 0], [0.5, 0.5, 0, 0]])
+
+
+def test_a_row_that_is_hidden_altogether_is_uniform():
+    """As MindSpore's: adding -1e9 everywhere swallows the scores."""
+    scores, mask = np.ones((1, 1, 1, 5), np.float32), np.full((1, 1, 1, 5), -1e9, np.float32)
+    np.testing.assert_allclose(operators.MaskedSoftmax()(*tensors([scores, mask])).asnumpy(), 0.2)
+
+
+def test_a_label_of_no_class_is_no_silent_number():
+    losses = operators.CrossEntropy()(Tensor(np.zeros((2, 3), np.float32)), Tensor([3, 1], ms.int32)).asnumpy()
+    assert np.isnan(losses[0])
+    assert losses[1] == pytest.approx(np.log(3))
+
+
+@pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "gated_silu", "layer_norm", "rms_norm"])
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0, 4)])
+def test_nothing_in_nothing_out(name, shape, rng):
+    operator = OPERATORS[name][0]()
+    values = tensors(inputs_for(name, shape, rng))
+    assert operator(*values).shape == shape
+
+
+def test_transposed_inputs_are_read_in_their_own_order(mode, rng):
+    """In PyNative a transposed Tensor is a view with strides."""
+    x = rng.standard_normal((4, 6)).astype(np.float32)
+
+    class Transposed(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.gelu = operators.GELU()
+
+        def construct(self, x):
+            return self.gelu(x.transpose((1, 0)))
+
+    np.testing.assert_allclose(Transposed()(Tensor(x)).asnumpy(), formulas.gelu(x.T.astype(np.float64)), atol=1e-6)
+    slope = ops.grad(Transposed())(Tensor(x)).asnumpy()
+    expected = formulas.derivative(formulas.gelu, [x.T], 1.0, 0).T
+    np.testing.assert_allclose(slope, expected, atol=2e-6)
