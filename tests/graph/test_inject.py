@@ -79,6 +79,7 @@ DENSE_CONFIGS = [
 ]
 PREFIX_CONFIGS = [
     PrefixConfig(tokens=3, embed_dim=4, mid_dim=4),
+    PrefixConfig(tokens=3, embed_dim=4, mid_dim=4, projection=False),
     PTuning2Config(tokens=3),
     PTuning2Config(tokens=3, projection=True, projection_dim=4),
 ]

@@ -99,6 +99,7 @@ OURS = {
     ],
     "embeddings": [LoRAConfig(rank=4, targets=["*_embeddings", "*.key"], modules_to_save=HEAD)],
     "prefix-tuning": [PrefixConfig(tokens=5, embed_dim=8, mid_dim=8, modules_to_save=HEAD)],
+    "prefix-tuning-without-projection": [PrefixConfig(tokens=5, projection=False, modules_to_save=HEAD)],
     "p-tuning v2": [PTuning2Config(tokens=5, modules_to_save=HEAD)],
     "p-tuning v2 with projection": [PTuning2Config(tokens=5, projection=True, projection_dim=8, modules_to_save=HEAD)],
 }

@@ -75,7 +75,13 @@ def test_hidden_states_equal_the_formula(mode, directory):
 
 
 @pytest.mark.parametrize(
-    "config", [PrefixConfig(tokens=3), PTuning2Config(tokens=3), PTuning2Config(tokens=3, projection=True)]
+    "config",
+    [
+        PrefixConfig(tokens=3),
+        PrefixConfig(tokens=3, projection=False),
+        PTuning2Config(tokens=3),
+        PTuning2Config(tokens=3, projection=True),
+    ],
 )
 def test_a_prefix_is_seen_by_every_position(mode, directory, config):
     network, _ = BertForSequenceClassification.from_pretrained(directory)

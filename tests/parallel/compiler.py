@@ -18,7 +18,6 @@ from mindpet.graph import freeze_delta
 from tests.parallel import device_name
 
 _numbers = count()
-WORLD = "nccl_world_group"
 _MOVING = ("AllGather", "ReduceScatter", "AlltoAll", "AllToAll")
 # What the compiler or Python puts between the operators that are given strategies.
 _BETWEEN = {
@@ -117,6 +116,11 @@ def tuples(value):
     return tuple(map(tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
+def text(strategy) -> str:
+    """As the compiler prints it: without the comma of a tuple of one."""
+    return str(strategy).replace(",)", ")")
+
+
 def mark(layer) -> None:
     """Write on each operator of the layer for which argument it is, so that the graph shows it."""
     for argument, entry in layer.sharded.items():
@@ -199,3 +203,18 @@ def slice_number(rank: int, layout) -> tuple[int, ...]:
     matrix, axes = layout
     place = coordinates(rank, matrix)
     return tuple(place[len(matrix) - 1 - axis] for axis in axes if axis >= 0)
+
+
+def assert_reduced_over_ranks_with_the_same_slice(compiled, layer, world, rank):
+    """Delta parameters are trained and added up where they are the same; frozen ones have no part in it."""
+    deltas = {parameter.name.removeprefix("layer.") for parameter in layer.trainable_params()}
+    assert deltas
+    assert all("mindpet_delta" in name for name in deltas)
+    assert set(compiled.updated) == deltas
+    expected = {}
+    for name in deltas:
+        layout = compiled.layouts[name]
+        same = [other for other in range(world) if slice_number(other, layout) == slice_number(rank, layout)]
+        if len(same) > 1:
+            expected[name] = same
+    assert compiled.reduced == expected

@@ -5,7 +5,7 @@ import pytest
 from mindpet.delta import AdapterDense, AdapterLayer, LoRADense, LowRankAdapterDense, LowRankAdapterLayer, PrefixEncoder
 from mindpet.parallel import ParallelConfig, strategies
 from tests.delta.test_shard import ADAPTER, DENSE, LORA, LOW_RANK_ADAPTER
-from tests.parallel.compiler import compile_layer, devices
+from tests.parallel.compiler import assert_reduced_over_ranks_with_the_same_slice, compile_layer, devices, text
 
 # Layer, strategies, how its output is cut, and shapes of slices that differ from the whole.
 EXAMPLES = {
@@ -37,11 +37,6 @@ EXAMPLES = {
 }
 
 
-def text(strategy):
-    """As the compiler prints it: without the comma of a tuple of one."""
-    return str(strategy).replace(",)", ")")
-
-
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_every_operator_has_the_strategy_of_the_example(compiler, name):
     make, given, parts, slices = EXAMPLES[name]
@@ -62,6 +57,7 @@ def test_every_operator_has_the_strategy_of_the_example(compiler, name):
     assert compiled.bare == []
     held = {name: shape for name, shape in compiled.slices.items() if name in whole}
     assert held == {**whole, **slices}
+    assert_reduced_over_ranks_with_the_same_slice(compiled, layer, 8, 0)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -1,5 +1,7 @@
 """The named ways to cut a layer: they compile, cut every operator, and reduce each gradient over the right ranks."""
 
+import mindspore as ms
+import numpy as np
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -8,33 +10,26 @@ from mindpet import _compat
 from mindpet.delta import AdapterLayer, LoRADense, LowRankAdapterDense
 from mindpet.delta.activation import activation_names
 from mindpet.parallel import ParallelConfig, strategies
-from tests.parallel.compiler import compile_layer, devices, slice_number
+from tests.parallel.compiler import assert_reduced_over_ranks_with_the_same_slice, compile_layer, devices, text
 from tests.parallel.layers import IN, LAYERS, OUT, PLAIN, PRESETS, input_shape, output_parts
 
-
-def text(strategy):
-    return str(strategy).replace(",)", ")")
+# Which delta parameters are cut, and along which axis, where the layer is cut by rows and by columns.
+CUT = {
+    ("LoRADense", "rows"): {"mindpet_delta_lora_b": 0},
+    ("LoRADense", "columns"): {"mindpet_delta_lora_a": 1},
+    ("Adapter", "rows"): {"down_sampler.weight": 1, "up_sampler.weight": 0, "up_sampler.bias": 0},
+    ("LowRankAdapter", "rows"): {
+        "down_sampler.mindpet_delta_low_rank_adapter_weight_left": 0,
+        "up_sampler.mindpet_delta_low_rank_adapter_weight_right": 1,
+        "up_sampler.bias": 0,
+    },
+}
 
 
 def compile_preset(layer, config, world=8, rank=0, rows=16, parts=None):
     with devices(world, rank):
         layer.shard(**strategies(layer, config))
         return compile_layer(layer, input_shape(layer, rows), parts or output_parts(config), world)
-
-
-def assert_reduced_over_ranks_with_the_same_slice(compiled, layer, world, rank):
-    """Delta parameters are trained and added up where they are the same; frozen ones have no part in it."""
-    deltas = {parameter.name.removeprefix("layer.") for parameter in layer.trainable_params()}
-    assert deltas
-    assert all("mindpet_delta" in name or type(layer) in (AdapterLayer,) for name in deltas)
-    assert set(compiled.updated) == deltas
-    expected = {}
-    for name in deltas:
-        layout = compiled.layouts[name]
-        same = [other for other in range(world) if slice_number(other, layout) == slice_number(rank, layout)]
-        if len(same) > 1:
-            expected[name] = same
-    assert compiled.reduced == expected
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -54,6 +49,13 @@ def test_a_preset_cuts_every_operator(compiler, name, preset):
     low_rank_weights = name.startswith("LowRank") and preset == "data and rows"
     assert bool(compiled.moved) == low_rank_weights
     assert_reduced_over_ranks_with_the_same_slice(compiled, layer, 8, 0)
+    kind = name.replace("AdapterDense", "Adapter").replace("AdapterLayer", "Adapter")
+    cut_axes = CUT.get((kind, config.cut), {})
+    for parameter in (each for each in whole if "mindpet_delta" in each):
+        shape = list(whole[parameter])
+        for axis in (axis for ending, axis in cut_axes.items() if parameter.endswith(ending)):
+            shape[axis] //= config.model_parallel
+        assert compiled.slices[parameter] == tuple(shape), parameter
     if "weight" in whole:
         out, size = whole["weight"]
         cut = {"rows": (out // config.model_parallel, size), "columns": (out, size // config.model_parallel)}
@@ -90,6 +92,8 @@ def test_every_activation_that_can_be_cut_is_cut(compiler, activation):
     assert sorted(kind for kind, _ in taken) == sorted(operator.name for operator in operators)
     assert all(strategy[0] == parts for _, strategy in taken)
     assert compiled.bare == []
+    deltas = {name for name in compiled.updated if "mindpet_delta" in name}
+    assert deltas == set(compiled.reduced) == {"mindpet_delta_lora_a", "mindpet_delta_lora_b"}
 
 
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.generate])
@@ -133,9 +137,6 @@ def test_a_three_dimensional_input_is_cut_by_its_batch(compiler):
 
 
 def test_networks_run_as_before_outside_the_block(compiler, rng, mode):
-    import mindspore as ms
-    import numpy as np
-
     layer = LAYERS["LoRADense"]().set_train(False)
     x = ms.Tensor(rng.normal(size=(4, IN)), ms.float32)
     before = layer(x).asnumpy()

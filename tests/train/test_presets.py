@@ -40,6 +40,7 @@ CASES = [
     ("bitfit", {"include_norm": True}),
     ("prefix", {"tokens": 4, "embed_dim": 6, "mid_dim": 5}),
     ("ptuning2", {"tokens": 4}),
+    ("prefix", {"tokens": 4, "projection": False}),
     ("ptuning2", {"tokens": 4, "projection": True, "projection_dim": 7}),
     ("full", {}),
 ]

@@ -19,7 +19,7 @@ from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.method import DeltaConfig, Method
-from mindpet.delta.strategy import Sharded, below, shard_operators
+from mindpet.delta.strategy import ORIGINAL_DENSE, Sharded, below, shard_operators
 
 __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
 
@@ -166,12 +166,7 @@ class AdapterDense(ComputeDense):
     """
 
     delta_method = "adapter"
-    sharded = {
-        "strategy_matmul_org": Sharded("matmul", "rows in, out in"),
-        "strategy_bias_org": Sharded("bias_add", "rows out, out"),
-        "strategy_activation_org": Sharded("activation", "rows out", activation=True),
-        **below("mindpet_delta_adapter", AdapterLayer.sharded),
-    }
+    sharded = {**ORIGINAL_DENSE, **below("mindpet_delta_adapter", AdapterLayer.sharded)}
 
     def __init__(
         self,

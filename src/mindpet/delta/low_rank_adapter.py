@@ -15,9 +15,10 @@ from mindpet import _checks
 from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.method import DeltaConfig, Method
-from mindpet.delta.strategy import Sharded, below, shard_operators
+from mindpet.delta.strategy import ORIGINAL_DENSE, Sharded, below, shard_operators
 
-_DOWN, _UP = "mindpet_delta_low_rank_adapter_down_sampler", "mindpet_delta_low_rank_adapter_up_sampler"
+_PREFIX = "mindpet_delta_low_rank_adapter"
+_DOWN, _UP = f"{_PREFIX}_down_sampler", f"{_PREFIX}_up_sampler"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,9 +107,7 @@ class LowRankAdapterLayer(nn.Cell):
         "strategy_matmul_down_sampler_weight": Sharded(f"{_DOWN}.matmul_weight", "out rank, rank bottleneck"),
         "strategy_matmul_down_sampler_input": Sharded(f"{_DOWN}.matmul_input", "rows out, out bottleneck"),
         "strategy_bias_down_sampler": Sharded(f"{_DOWN}.bias_add", "rows bottleneck, bottleneck"),
-        "strategy_non_linearity": Sharded(
-            "mindpet_delta_low_rank_adapter_non_linear", "rows bottleneck", activation=True
-        ),
+        "strategy_non_linearity": Sharded(f"{_PREFIX}_non_linear", "rows bottleneck", activation=True),
         "strategy_matmul_up_sampler_weight": Sharded(f"{_UP}.matmul_weight", "bottleneck rank, rank out"),
         "strategy_matmul_up_sampler_input": Sharded(f"{_UP}.matmul_input", "rows bottleneck, bottleneck out"),
         "strategy_bias_up_sampler": Sharded(f"{_UP}.bias_add", "rows out, out"),
@@ -216,12 +215,7 @@ class LowRankAdapterDense(ComputeDense):
     """
 
     delta_method = "low_rank_adapter"
-    sharded = {
-        "strategy_matmul_org": Sharded("matmul", "rows in, out in"),
-        "strategy_bias_org": Sharded("bias_add", "rows out, out"),
-        "strategy_activation_org": Sharded("activation", "rows out", activation=True),
-        **below("mindpet_delta_low_rank_adapter", LowRankAdapterLayer.sharded),
-    }
+    sharded = {**ORIGINAL_DENSE, **below(_PREFIX, LowRankAdapterLayer.sharded)}
 
     def __init__(
         self,

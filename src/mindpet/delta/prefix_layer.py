@@ -26,16 +26,20 @@ class PrefixConfig(DeltaConfig):
         tokens: length of the prefix.
         embed_dim: size of the embedding that the reparameterisation starts from.
         mid_dim: width of its hidden layer.
-        dropout: probability, on the embedding, in training only.
+        projection: whether keys and values come out of the reparameterisation, as the paper trains them, or are
+            trained themselves, starting from what it gives.
+        dropout: probability, on the embedding of the reparameterisation, in training only.
     """
 
     tokens: int = 20
     embed_dim: int = 128
     mid_dim: int = 256
+    projection: bool = True
     dropout: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
+        _checks.boolean("PrefixConfig", "projection", self.projection)
         for name in ("tokens", "embed_dim", "mid_dim"):
             _checks.positive_int("PrefixConfig", name, getattr(self, name))
         _checks.rate("PrefixConfig", "dropout", self.dropout, allow_int=True)
@@ -167,8 +171,15 @@ class PrefixTuning(PrefixSlot):
                 for _ in range(num_layers)
             ]
         )
-        for layer in self.layers:  # the network itself trains here: the two parameters beside it would only idle
-            del layer.mindpet_delta_prefixtuning_past_key, layer.mindpet_delta_prefixtuning_past_value
+        self.projection = config.projection
+        for (
+            layer
+        ) in self.layers:  # of the network and the two parameters beside it, one trains and the other would idle
+            if config.projection:
+                del layer.mindpet_delta_prefixtuning_past_key, layer.mindpet_delta_prefixtuning_past_value
+            else:
+                del layer.mindpet_delta_prefixtuning_embedding
+                del layer.mindpet_delta_prefixtuning_in, layer.mindpet_delta_prefixtuning_out
         self.heads_shape = (config.tokens, num_heads, head_dim)
 
     @classmethod
@@ -179,7 +190,11 @@ class PrefixTuning(PrefixSlot):
     def construct(self):
         pairs: tuple = ()
         for layer in self.layers:
-            key, value = layer()
+            if self.projection:
+                key, value = layer()
+            else:
+                key = layer.mindpet_delta_prefixtuning_past_key
+                value = layer.mindpet_delta_prefixtuning_past_value
             pairs += ((key.reshape(self.heads_shape), value.reshape(self.heads_shape)),)
         return pairs
 

@@ -38,6 +38,13 @@ class Sharded:
 
 Table = Mapping[str, Sharded]
 
+# The dense layer in front of an adapter.
+ORIGINAL_DENSE = {
+    "strategy_matmul_org": Sharded("matmul", _PRODUCT),
+    "strategy_bias_org": Sharded("bias_add", "rows out, out"),
+    "strategy_activation_org": Sharded("activation", "rows out", activation=True),
+}
+
 
 def below(name: str, table: Table) -> dict[str, Sharded]:
     """The table of a layer that another one holds under `name`."""

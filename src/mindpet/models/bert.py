@@ -14,9 +14,11 @@ from typing import Any
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal
+from mindspore.nn.utils import no_init_parameters
 
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.attention import MaskedSoftmax, after_prefix
 from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
 
 _ACTIVATIONS = {
@@ -110,19 +112,6 @@ class BertEmbeddings(nn.Cell):
         return self.dropout(self.LayerNorm(rows))
 
 
-class MaskedSoftmax(nn.Cell):
-    """Softmax of ``scores + mask`` over the last of four axes; the mask is a constant, without a gradient."""
-
-    mindpet_kernel = "masked_softmax"  # what mindpet.kernels.accelerate replaces it by
-
-    def __init__(self):
-        super().__init__()
-        self.softmax = ops.Softmax(axis=-1)
-
-    def construct(self, scores, mask):
-        return self.softmax(scores + ops.stop_gradient(mask))
-
-
 class BertSelfAttention(nn.Cell):
     """Attention of every position to every other, and to a prefix where there is one."""
 
@@ -146,8 +135,8 @@ class BertSelfAttention(nn.Cell):
         key = self.split_heads(self.key(rows), batch)
         value = self.split_heads(self.value(rows), batch)
         if prefix is not None:
-            key = ops.concat((self.for_batch(prefix[0], batch, key.dtype), key), 2)  # (batch, heads, tokens + seq, dim)
-            value = ops.concat((self.for_batch(prefix[1], batch, value.dtype), value), 2)
+            key = after_prefix(prefix[0], key)  # (batch, heads, tokens + seq, head_dim)
+            value = after_prefix(prefix[1], value)
         weights = self.dropout(self.softmax(self.scores(query, key), mask))  # (batch, heads, seq, tokens + seq)
         mixed = self.mix(weights, value)  # (batch, heads, seq, head_dim)
         return mixed.transpose((0, 2, 1, 3)).reshape((-1, self.num_heads * self.head_dim))
@@ -155,11 +144,6 @@ class BertSelfAttention(nn.Cell):
     def split_heads(self, rows, batch):
         """(batch * seq, hidden) -> (batch, heads, seq, head_dim)."""
         return rows.reshape((batch, -1, self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
-
-    def for_batch(self, prefix, batch, dtype):
-        """(tokens, heads, head_dim) -> (batch, heads, tokens, head_dim), the same for every sample."""
-        prefix = prefix.astype(dtype).transpose((1, 0, 2)).expand_dims(0)
-        return ops.tile(prefix, (batch, 1, 1, 1))
 
 
 class BertOutput(nn.Cell):
@@ -318,8 +302,12 @@ class BertForSequenceClassification(nn.Cell):
         pretrained = open_pretrained(directory)
         config = dataclasses.replace(BertConfig.from_content(pretrained.config, str(directory)), **changes)
         tensors = pretrained.tensors()
-        network = cls(config, num_labels, pooling)
-        return network, load_tensors(network, tensors, "bert.", optional=("classifier.", "bert.pooler."))
+        with no_init_parameters():  # random numbers for a large table take longer than reading it
+            network = cls(config, num_labels, pooling)
+        report = load_tensors(network, tensors, "bert.", optional=("classifier.", "bert.pooler."))
+        for parameter in network.get_parameters():
+            parameter.init_data()  # of what the files do not have
+        return network, report
 
     def construct(self, input_ids, attention_mask, token_type_ids):
         hidden, pooled = self.bert(input_ids, attention_mask, token_type_ids)

@@ -13,6 +13,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal
 
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.attention import after_prefix
 from mindpet.models.cache import KeyValueCache, Step, advance
 from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
 
@@ -161,14 +162,8 @@ def with_extra(key, value, extra):
     if extra is None:
         return key, value
     if len(extra) == 2:
-        return _after_prefix(extra[0], key), _after_prefix(extra[1], value)
+        return after_prefix(extra[0], key), after_prefix(extra[1], value)
     return _written(extra[0], extra[2], key), _written(extra[1], extra[2], value)
-
-
-def _after_prefix(prefix, part):
-    """(tokens, heads, head_dim) before (batch, heads, seq, head_dim), the same for every sample."""
-    prefix = prefix.astype(part.dtype).transpose((1, 0, 2)).expand_dims(0)
-    return ops.concat((ops.tile(prefix, (part.shape[0], 1, 1, 1)), part), 2)
 
 
 def _written(buffer, slots, part):

@@ -14,6 +14,7 @@ from mindspore import nn, ops
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.attention import MaskedSoftmax
 from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
 from mindpet.models.loading import PretrainedFilesError
 
@@ -106,15 +107,15 @@ class GPT2Attention(nn.Cell):
         self.c_proj = _dense(config.n_embd, config.n_embd, config)
         self.attn_dropout, self.resid_dropout = nn.Dropout(p=config.attn_pdrop), nn.Dropout(p=config.resid_pdrop)
         self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
-        self.softmax = ops.Softmax(axis=-1)
+        self.softmax = MaskedSoftmax()
         self.scale = 1.0 / math.sqrt(self.head_dim)
 
     def construct(self, rows, mask, extra):
         batch, _, seq, _ = mask.shape
         parts = self.c_attn(rows).reshape((batch, seq, 3, self.heads, self.head_dim)).transpose((2, 0, 3, 1, 4))
         key, value = with_extra(parts[1], parts[2], extra)  # (batch, heads, keys, head_dim)
-        scores = self.scores(parts[0] * self.scale, key) + mask  # (batch, heads, seq, keys)
-        mixed = self.mix(self.attn_dropout(self.softmax(scores)), value)  # (batch, heads, seq, head_dim)
+        scores = self.scores(parts[0] * self.scale, key)  # (batch, heads, seq, keys)
+        mixed = self.mix(self.attn_dropout(self.softmax(scores, mask)), value)  # (batch, heads, seq, head_dim)
         rows = mixed.transpose((0, 2, 1, 3)).reshape((-1, self.heads * self.head_dim))
         return self.resid_dropout(self.c_proj(rows))
 

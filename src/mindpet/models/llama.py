@@ -16,6 +16,7 @@ from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.models.attention import MaskedSoftmax
 from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
 from mindpet.models.loading import PretrainedFilesError
 
@@ -100,6 +101,8 @@ class RMSNorm(nn.Cell):
     Shapes: x and y ``(..., hidden)``, w ``(hidden,)``. It is computed in float32.
     """
 
+    mindpet_kernel = "rms_norm"  # what mindpet.kernels.accelerate replaces it by
+
     def __init__(self, size: int, epsilon: float):
         super().__init__()
         self.weight = Parameter(initializer("ones", (size,)), name="weight")
@@ -115,6 +118,8 @@ class RMSNorm(nn.Cell):
 
 class SwiGLU(nn.Cell):
     r"""A gate over values: :math:`y = \mathrm{silu}(g)\, u`, with :math:`\mathrm{silu}(g) = g / (1 + e^{-g})`."""
+
+    mindpet_kernel = "gated_silu"
 
     def __init__(self):
         super().__init__()
@@ -162,7 +167,7 @@ class LlamaAttention(nn.Cell):
         self.o_proj = _dense(self.heads * self.head_dim, hidden, config.attention_bias, config)
         self.dropout = nn.Dropout(p=config.attention_dropout)
         self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
-        self.softmax = ops.Softmax(axis=-1)
+        self.softmax = MaskedSoftmax()
         self.scale = 1.0 / math.sqrt(config.head_dim)
 
     def construct(self, rows, mask, cos, sin, extra):
@@ -172,7 +177,7 @@ class LlamaAttention(nn.Cell):
         key, value = with_extra(key, self.split_heads(self.v_proj(rows), batch), extra)  # (batch, kv_heads, keys, dim)
         grouped = query.reshape((batch, self.kv_heads, -1, self.head_dim))  # (batch, kv_heads, group * seq, dim)
         scores = self.scores(grouped, key).reshape((batch, self.heads, seq, -1))
-        weights = self.dropout(self.softmax(scores + mask))  # (batch, heads, seq, keys)
+        weights = self.dropout(self.softmax(scores, mask))  # (batch, heads, seq, keys)
         mixed = self.mix(weights.reshape((batch, self.kv_heads, -1, weights.shape[-1])), value)
         mixed = mixed.reshape((batch, self.heads, seq, self.head_dim)).transpose((0, 2, 1, 3))
         return self.o_proj(mixed.reshape((-1, self.heads * self.head_dim)))

@@ -54,8 +54,10 @@ def _low_rank_adapter(cell: CellSizes, given: dict[str, Any]) -> int:
 
 
 def _prefix(cell: CellSizes, given: dict[str, Any]) -> int:
-    """For each layer an embedding and a two-layer network to a key and a value."""
+    """For each layer an embedding and a two-layer network to a key and a value, or these themselves."""
     (layers, width), embed, mid = cell.slot, given["embed_dim"], given["mid_dim"]
+    if not given["projection"]:
+        return layers * given["tokens"] * 2 * width
     return layers * (given["tokens"] * embed + (embed * mid + mid) + (mid * 2 * width + 2 * width))
 
 
@@ -97,7 +99,13 @@ COUNTERS = {
     "low_rank_adapter": Counter(
         {"reduction_factor": 32, "rank": 1}, ("non_linearity",), ("dense",), _AFTER_BLOCKS, _low_rank_adapter
     ),
-    "prefix": Counter({"tokens": 20, "embed_dim": 128, "mid_dim": 256}, ("dropout",), ("slot",), _SLOT, _prefix),
+    "prefix": Counter(
+        {"tokens": 20, "embed_dim": 128, "mid_dim": 256, "projection": True},
+        ("dropout",),
+        ("slot",),
+        _SLOT,
+        _prefix,
+    ),
     "ptuning2": Counter(
         {"tokens": 20, "projection": False, "projection_dim": 128}, ("dropout",), ("slot",), _SLOT, _ptuning2
     ),

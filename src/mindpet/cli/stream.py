@@ -1,0 +1,60 @@
+"""Text that appears as it is generated."""
+
+import json
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from mindpet.models.generation import Generation, TextStream
+
+_WHY = {
+    "end": "it ended by itself",
+    "stop": "a stop text came",
+    "max_tokens": "--max-tokens is reached",
+    "positions": "the model has no more positions",
+    "interrupted": "interrupted",
+}
+
+
+def print_stream(stream: TextStream, as_json: bool, about: dict[str, Any]) -> Generation:
+    """Print a text while it is generated, or JSON of it and `about` at the end; figures go to stderr.
+
+    The first SIGINT ends it after its present token, the second at once.
+    """
+    with _stopped_by_signal(stream):
+        for piece in stream:
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    result = stream.result
+    typer.echo(json.dumps({**about, **result.as_record()}, ensure_ascii=False) if as_json else "")
+    compiled = f", {result.compile_seconds:.1f} s of compiling" if result.compile_seconds else ""
+    rate = f" at {result.tokens_per_second:.1f} tokens/s" if result.seconds else ""
+    typer.echo(
+        f"{len(result.tokens)} tokens{rate}, after a prompt of {len(result.prompt)} tokens in "
+        f"{result.prompt_seconds:.1f} s{compiled}; {_WHY[result.stopped]}.",
+        err=True,
+    )
+    return result
+
+
+@contextmanager
+def _stopped_by_signal(stream: TextStream) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: Any) -> None:
+        signal.signal(number, before)
+        stream.stop()
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
