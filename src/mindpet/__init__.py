@@ -24,6 +24,7 @@ _HOMES = {
     "eject": "mindpet.graph",
     "inject": "mindpet.graph",
     "load_delta": "mindpet.graph",
+    "load_distributed_delta": "mindpet.parallel",
     "load_peft": "mindpet.interop.hf_peft",
     "merge": "mindpet.graph",
     "merge_and_eject": "mindpet.graph",
@@ -31,6 +32,7 @@ _HOMES = {
     "save_peft": "mindpet.interop.hf_peft",
     "shard_like": "mindpet.parallel",
     "targets": "mindpet.graph",
+    "transform_delta_checkpoints": "mindpet.parallel",
     "unmerge": "mindpet.graph",
     "use": "mindpet.graph",
 }
@@ -63,7 +65,12 @@ if TYPE_CHECKING:
     from mindpet.graph import find_targets as targets  # noqa: F401
     from mindpet.interop.hf_peft import load_peft, save_peft  # noqa: F401
     from mindpet.kernels import accelerate  # type: ignore[no-redef]  # noqa: F401
-    from mindpet.parallel import ParallelConfig, shard_like  # noqa: F401
+    from mindpet.parallel import (  # noqa: F401
+        ParallelConfig,
+        load_distributed_delta,
+        shard_like,
+        transform_delta_checkpoints,
+    )
 
 
 def __getattr__(name: str) -> Any:

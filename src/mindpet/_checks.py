@@ -4,10 +4,8 @@ Every message reads ``For 'LoRADense', 'lora_rank' must be a positive int, but g
 argument, what would be right, what was given.
 """
 
-import difflib
 import math
 import numbers
-from collections.abc import Iterable
 from typing import Any
 
 from mindspore import Tensor, nn, ops
@@ -16,6 +14,8 @@ from mindspore.common.initializer import Initializer
 from mindspore.ops import Primitive
 
 from mindpet import _compat
+from mindpet._near import near as near
+from mindpet._near import near_names as near_names
 
 FLOAT_TYPES = (mstype.float32, mstype.float16, mstype.bfloat16)
 
@@ -36,17 +36,6 @@ def shown(value: Any) -> str:
     if len(text) > 80:
         text = text[:77] + "..."
     return f"{text} ({type(value).__name__})"
-
-
-def near_names(name: Any, known: Iterable[str]) -> list[str]:
-    """Up to three known names that a misspelt one may have meant."""
-    return difflib.get_close_matches(str(name).lower(), sorted(known), n=3, cutoff=0.6)
-
-
-def near(name: Any, known: Iterable[str]) -> str:
-    """``; did you mean 'gelu'?`` when a known name is close, else nothing."""
-    close = near_names(name, known)
-    return f"; did you mean {' or '.join(repr(entry) for entry in close)}?" if close else ""
 
 
 def positive_int(owner: str, name: str, value: Any) -> int:

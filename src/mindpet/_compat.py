@@ -5,7 +5,7 @@ import gc
 from typing import Any
 
 import mindspore as ms
-from mindspore import nn
+from mindspore import nn, ops
 from mindspore.common import api
 from mindspore.common import initializer as _initializer
 from mindspore.communication import GlobalComm, get_group_size
@@ -14,6 +14,9 @@ from mindspore.parallel._auto_parallel_context import auto_parallel_context
 from mindspore.train import CheckpointConfig
 from mindspore.train.callback import _checkpoint
 from mindspore.train.callback._checkpoint import CheckpointManager as CheckpointManager
+
+# Whether a graph knows a value, such as a Tensor's shape, when it is compiled. In PyNative mode every value is known.
+is_known = ops.isconstant
 
 
 def device_target() -> str:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from mindpet.cli.app import app
 from mindpet.cli.board import Board, print_comparison
 from mindpet.train.fit import read_metrics
+from mindpet.train.summary import summarise
 from tests.tiny import sentences, stories, write_language_model, write_model, write_rows
 
 pytestmark = pytest.mark.xdist_group("compare")  # the runs of one module share a fixture
@@ -186,6 +187,26 @@ def test_sigterm_saves_the_running_cells(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_second_sigterm_ends_cells_that_do_not_react(tmp_path):
+    made = project(tmp_path, train={"epochs": 200})
+    process = made.start("--only", "lora:0")
+    made.wait_for_steps(process, "lora/seed-0", 2)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGSTOP)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert "the rest is saved" in process.communicate(timeout=30)[0]
+        assert process.returncode == 130
+        assert not Path(f"/proc/{child}").exists()
+    finally:
+        if Path(f"/proc/{child}").exists():
+            os.kill(int(child), signal.SIGKILL)
+
+
+@pytest.mark.slow
 def test_two_processes_do_not_run_the_same_cell(tmp_path):
     made = project(tmp_path, train={"epochs": 400})
     first = made.start("--only", "lora:0")
@@ -238,7 +259,8 @@ def test_a_search_chooses_on_training_rows_and_its_rate_is_used(tmp_path):
 def test_a_language_model_is_compared_by_perplexity_and_may_not_fit_a_method(tmp_path):
     model = write_language_model(tmp_path / "model")
     (tmp_path / "text.txt").write_text(stories(60))
-    made = Project(tmp_path, model, tmp_path / "text.txt", methods=["bitfit", "lora", "full"], seeds=[0])
+    methods = ["bitfit", "lora", "full", "r_drop"]
+    made = Project(tmp_path, model, tmp_path / "text.txt", methods=methods, seeds=[0])
     output = made.run()
     assert made.result()["quality"] == "perplexity"
     lora, full = (made.report(method, 0)["after"]["perplexity"] for method in ("lora", "full"))
@@ -246,6 +268,8 @@ def test_a_language_model_is_compared_by_perplexity_and_may_not_fit_a_method(tmp
     assert made.row("bitfit")["state"] == "does not apply"
     assert "No parameter of this LlamaForCausalLM" in made.row("bitfit")["reason"]
     assert "bitfit does not apply here: No parameter of" in " ".join(output.split())
+    assert made.row("r_drop")["state"] == "does not apply"
+    assert "set model.dropout=0.1" in made.row("r_drop")["reason"]
     assert "does not apply." in made.run()  # and is not tried again
 
 
@@ -284,7 +308,7 @@ def test_the_table_reads_well_in_a_hundred_columns(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--methods", "lora,bitfti"], "did you mean bitfit?"),
+        (["--methods", "lora,bitfti"], "did you mean 'bitfit'?"),
         (["--seeds", "0,x"], "--seeds takes whole numbers"),
         (["--only", "lora:7"], "--only lora:7: is not in this comparison"),
         (["compare.seds=[1]"], "did you mean 'seeds'"),
@@ -310,15 +334,36 @@ def test_a_summary_of_a_known_network_a_model_and_a_run_file(tmp_path):
     content = yaml.safe_load((made.folder / "run.yaml").read_text())
     (made.folder / "run.yaml").write_text(yaml.safe_dump({**content, "method": {"name": "lora", "rank": 2}}))
     output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", "lora"]).output
-    lora = 2 * 2 * 2 * (16 + 16)  # two layers, two cells in each, rank 2
-    assert f" {lora + 16 * 2 + 2} " in output
+    lora = 2 * 2 * 2 * (16 + 16) + 16 * 2 + 2  # two layers, two cells in each, rank 2; and the head
+    assert f" {lora} " in output
+
+
+@pytest.mark.parametrize(
+    ("written", "asked", "options"),
+    [("LoRA", "lora", {"rank": 2}), ("lora", "LORA", {"rank": 2}), ("prefixtuning", "prefix", {"tokens": 3})],
+)
+def test_options_of_a_run_file_count_however_its_method_is_written(tmp_path, written, asked, options):
+    made = project(tmp_path)
+    content = yaml.safe_load((made.folder / "run.yaml").read_text())
+    (made.folder / "run.yaml").write_text(yaml.safe_dump({**content, "method": {"name": written, **options}}))
+    output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", asked]).output
+    sizes = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert f" {summarise(sizes, asked, options, labels=2).trained:,} " in output
+
+
+@pytest.mark.parametrize("content", ["[]", '"bert"', '{"model_type": []}', '{"model_type": {}}'])
+def test_a_summary_refuses_a_config_json_that_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    result = CliRunner().invoke(app, ["summary", str(tmp_path)])
+    assert result.exit_code in (1, 2)
+    assert "config.json must be an object" in result.output or "'model_type' must be one of bert" in result.output
 
 
 @pytest.mark.parametrize(
     ("words", "says"),
     [
         ([], "Give a run file, a model, or --preset"),
-        (["--preset", "llama-7"], "Did you mean llama-7b"),
+        (["--preset", "llama-7"], "did you mean 'llama-7b'"),
         (["llama-7b"], "Do you mean --preset llama-7b?"),
         (["--preset", "gpt2", "--method", "lor"], "did you mean 'lora'?"),
         (["--preset", "gpt2", "--optimizer", "adma"], "did you mean 'adam'"),

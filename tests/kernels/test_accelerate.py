@@ -11,7 +11,7 @@ import mindpet
 from mindpet import BitFitConfig, LoRAConfig
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build
-from mindpet.models import BertConfig, BertForSequenceClassification
+from mindpet.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
 
@@ -168,26 +168,6 @@ def test_a_copy_works_too(mode):
     np.testing.assert_array_equal(copy.deepcopy(network)(x).asnumpy(), network(x).asnumpy())
 
 
-@pytest.mark.parametrize("dtype", [ms.float16, ms.float64])
-def test_other_dtypes_go_to_mindspore(dtype, mode):
-    class Both(nn.Cell):
-        def __init__(self):
-            super().__init__()
-            self.gelu, self.norm = nn.GELU(approximate=False), nn.LayerNorm((4,))
-
-        def construct(self, x):
-            return self.gelu(x), self.norm(x)
-
-    network = Both()
-    x = Tensor(np.random.default_rng(0).standard_normal((3, 4)), dtype)
-    expected = [value.asnumpy() for value in network(x)]
-    mindpet.accelerate(network)
-    assert fast_cells(network) == ["gelu", "norm"]
-    for found, right in zip(network(x), expected):
-        assert found.dtype == dtype
-        np.testing.assert_array_equal(found.asnumpy(), right)
-
-
 def test_a_network_in_float16(mode):
     """Forced before or after, it computes as without the kernels."""
     x = batch()
@@ -196,6 +176,22 @@ def test_a_network_in_float16(mode):
     after = mindpet.accelerate(tiny_bert()).to_float(ms.float16)
     np.testing.assert_allclose(before(*x).asnumpy(), expected, atol=0.02)
     np.testing.assert_allclose(after(*x).asnumpy(), expected, atol=0.02)
+
+
+def test_gpt2_and_its_gelu(mode):
+    def make():
+        network = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_positions=8, n_embd=16, n_layer=1, n_head=2))
+        generator = np.random.default_rng(3)
+        for parameter in network.get_parameters():
+            parameter.set_data(Tensor(generator.normal(0.1, 0.3, parameter.shape), ms.float32))
+        return network.set_train(False)
+
+    ids = Tensor([[1, 2, 3, 4, 5]], ms.int32)
+    fast = mindpet.accelerate(make())
+    assert len(fast_cells(fast)) == 5  # three norms, a softmax and a GELU
+    np.testing.assert_allclose(
+        fast(ids, ops.ones_like(ids)).asnumpy(), make()(ids, ops.ones_like(ids)).asnumpy(), atol=1e-5
+    )
 
 
 def test_what_is_not_for_a_kernel_is_left_alone():
@@ -258,6 +254,22 @@ def test_cells_of_ones_own_name_their_kernel(mode, rng):
     assert fast_cells(fast) == ["norm", "act", "loss"]
     for found, right in zip(values(fast), values(OwnNetwork())):
         np.testing.assert_allclose(found, right, atol=2e-6)
+
+
+class OnePlusRMSNorm(OwnRMSNorm):
+    """Gemma's: the weight is what is added to 1."""
+
+    def construct(self, x):
+        return x * ops.rsqrt(ops.square(x).mean(-1, keep_dims=True) + self.epsilon) * (1.0 + self.weight)
+
+
+def test_a_subclass_computes_what_it_says_itself(rng):
+    x = Tensor(rng.standard_normal((5, 3)), ms.float32)
+    network = nn.SequentialCell(OnePlusRMSNorm())
+    expected = network(x).asnumpy()
+    mindpet.accelerate(network)
+    np.testing.assert_array_equal(network(x).asnumpy(), expected)
+    assert fast_cells(network) == []
 
 
 def test_a_misspelt_kernel_is_an_error():

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from mindspore import nn
 
 SCRIPT = """
 import logging, os, sys
@@ -108,6 +109,41 @@ def test_without_kernels_mindspore_computes_and_one_line_says_why(environment, r
     assert len(found["LOG"]) == 1
     assert reason in found["LOG"][0]
     assert found["VALUE"].startswith("[[")
+
+
+@needs_compiler
+def test_what_changes_in_a_running_process_counts(monkeypatch, tmp_path, caplog):
+    """The switch, and the variables that the library depends on: asked for at each call, told once."""
+    from mindpet import accelerate
+    from mindpet.kernels import available, build, why_not
+
+    assert available()
+    path = build.library()
+    monkeypatch.setenv("MINDPET_KERNELS", "0")
+    assert why_not() == "MINDPET_KERNELS is 0"
+    assert type(accelerate(nn.SequentialCell(nn.GELU()))[0]) is nn.GELU
+    monkeypatch.delenv("MINDPET_KERNELS")
+    (tmp_path / "file").write_text("not a directory")
+    with monkeypatch.context() as changed:
+        changed.setenv("MINDPET_CACHE", str(tmp_path / "file" / "cache"))
+        for _ in range(2):
+            assert not available()
+            assert "cannot be written to" in why_not()
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert available()
+    assert build.library() == path
+    assert type(accelerate(nn.SequentialCell(nn.GELU()))[0]) is not nn.GELU
+
+
+def test_another_device_has_no_kernels(monkeypatch):
+    """This machine has a CPU only: what MindSpore says about the device is put in its place."""
+    from mindpet import _compat
+    from mindpet.kernels import available, why_not
+
+    available()
+    monkeypatch.setattr(_compat, "device_target", lambda: "Ascend")
+    assert why_not() == "the kernels are for a CPU, and the device is Ascend."
+    assert not available()
 
 
 def test_importing_compiles_nothing(tmp_path):

@@ -12,6 +12,7 @@ from mindspore import Tensor
 from mindpet.models import BertConfig, BertForSequenceClassification, BertModel, PretrainedFilesError, mean_pool
 from mindpet.models.e5 import e5_config, e5_tensors, e5_tokenizer
 from mindpet.models.loading import load_tensors
+from mindpet.models.pretrained import open_pretrained
 
 HIDDEN, LAYERS, HEADS, INNER, POSITIONS = 32, 2, 4, 64, 16
 PIECES = ["<s>", "<pad>", "</s>", "<unk>", "▁", "▁海", "a", "é", "▁a", "～", "<mask>"]
@@ -177,6 +178,16 @@ def test_every_wrong_tensor_is_in_one_report(tmp_path, tensors):
     assert "emb.type has 64 elements in 252 bytes, of kind 0; 64 in 256, of kind 0, are expected" in str(error.value)
 
 
+def test_tensors_must_not_share_their_bytes(tmp_path, tensors):
+    path = write_file(tmp_path / "wrong.bin", tensors)
+    content = bytearray(path.read_bytes())
+    places = [content.index(struct.pack("<H", 6) + name) + 2 + 6 + 5 for name in (b"l0.q.w", b"l1.k.w")]
+    content[places[1] : places[1] + 8] = content[places[0] : places[0] + 8]
+    path.write_bytes(content)
+    with pytest.raises(PretrainedFilesError, match=r"l1\.k\.w at \d+ begins within l0\.q\.w, which ends at \d+"):
+        e5_tensors(path)
+
+
 def test_other_files_are_refused(tmp_path, tensors):
     (tmp_path / "other.bin").write_bytes(b"GGUF" + bytes(100))
     for path, says in (("other.bin", "begins with b'GGUF'"), ("none.bin", "cannot be read"), (".", "cannot be read")):
@@ -255,6 +266,22 @@ def test_the_real_tokenizer_survives_being_written(e5, tmp_path):
     again = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     for text, ids in TOKEN_IDS.items():
         assert again.encode(text).ids == ids
+
+
+@pytest.mark.models
+def test_the_real_file_opens_by_the_one_door_and_reads_a_row_of_chinese(e5):
+    pretrained = open_pretrained(e5)
+    assert (pretrained.family.name, pretrained.family.task) == ("bert", "classification")
+    assert pretrained.family.max_positions(pretrained.config) == 512
+    assert pretrained.chat_template() is None
+    found = pretrained.tokenizer().encode("query: 今天天气很好")
+    assert found.ids == TOKEN_IDS["query: 今天天气很好"]
+    assert pretrained.tokenizer().decode(found.ids) == "query: 今天天气很好"
+    rows = pretrained.tensors()["embeddings.word_embeddings.weight"][found.ids]  # one for each token
+    assert rows.shape == (len(found.ids), pretrained.config["hidden_size"])
+    assert np.isfinite(rows).all()
+    assert (np.linalg.norm(rows, axis=1) > 0.1).all()
+    assert len(np.unique(rows, axis=0)) == len(set(found.ids))
 
 
 @pytest.mark.models

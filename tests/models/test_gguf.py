@@ -189,6 +189,20 @@ def test_wherever_a_file_ends_it_is_refused(tmp_path):
             LlamaForCausalLM.from_pretrained(path)
 
 
+@pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16], ids=["f32", "f16"])
+def test_cut_at_any_place_neither_sizes_nor_weights_nor_words_are_read(tmp_path, kind):
+    path = tmp_path / "tiny.gguf"
+    write(path, kind=kind)
+    whole = path.read_bytes()
+    head = gguf.GGUFReader(path).data_offset
+    places = [*range(4, head, max(1, head // 40)), head - 1, head, head + 1, (head + len(whole)) // 2, len(whole) - 40]
+    for size in places:
+        path.write_bytes(whole[:size])
+        for read in (gguf_config, gguf_tensors, load_tokenizer):
+            with pytest.raises(PretrainedFilesError):
+                read(path)
+
+
 def test_random_damage_is_refused_or_read_but_never_another_error(tmp_path):
     path, generator = tmp_path / "tiny.gguf", np.random.default_rng(3)
     write(path)

@@ -2,23 +2,37 @@
 
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
 from matplotlib import pyplot
 from matplotlib.text import Text
 
+from mindpet import _files
 from mindpet.delta.registry import METHODS
 from mindpet.train.compare import compare
 from mindpet.train.comparison import picture, tables
+from mindpet.train.comparison import runner as cell_runner
 from mindpet.train.comparison.cells import Watcher
 from mindpet.train.comparison.plan import make_plan, variant_named
-from mindpet.train.comparison.search import recorded_rate
+from mindpet.train.comparison.search import judge, recorded_rate
 from mindpet.train.comparison.splits import write_splits
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run
 from mindpet.train.data import read_rows
+from mindpet.train.fit import CHECKPOINT
 from mindpet.train.language import read_texts
 from tests.tiny import questions, sentences, stories, write_language_model, write_model, write_rows
+
+
+class Notes(Watcher):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def message(self, text):
+        self.lines.append(text)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +135,7 @@ def test_every_problem_of_a_comparison_is_in_one_message(run):
         make_plan(config, seeds=[-1])
     for part in (
         "compare.methods: there is no 'bitfti'",
-        "did you mean bitfit?",
+        "did you mean 'bitfit'?",
         "compare.settings: there is no 'lara'",
         "compare.settings.lora: train.epoch: there is no such key; did you mean 'epochs'?",
         "compare.settings.adapter: data.holdout: is not method.KEY or train.KEY",
@@ -158,6 +172,22 @@ def test_the_rows_are_split_once_and_a_search_never_sees_a_held_out_one(run):
         assert one
         assert not one & other
     assert write_splits(plan, Watcher()) == (data, fitting)
+
+
+def test_a_search_sees_no_text_that_is_held_out_even_where_overlap_is_kept(tmp_path, model):
+    rows = sentences(60)
+    data = write_rows(tmp_path / "rows.jsonl", rows)
+    config = a_run(tmp_path, model, data)
+    test = write_rows(tmp_path / "test.jsonl", rows[:9])
+    section = config.data.model_copy(update={"test": str(test), "overlap": "keep"})
+    said = Notes()
+    written, fitting = write_splits(make_plan(config.model_copy(update={"data": section})), said)
+    held_out = set(read_rows(test).texts)
+    assert held_out <= set(read_rows(written["train"]).texts)  # the table keeps them, as asked
+    searched = [read_rows(fitting[key]).texts for key in ("train", "test")]
+    assert len(searched[0] + searched[1]) == 51
+    assert not held_out & set(searched[0] + searched[1])
+    assert "9 of the former are also held out; the search leaves them out." in said.lines
 
 
 def test_other_rows_mean_other_files_so_that_all_runs_are_made_anew(run, tmp_path):
@@ -204,7 +234,10 @@ def test_texts_of_a_language_model_are_read_back_the_same(tmp_path, language_mod
     else:
         assert sorted(parts[0] + parts[1]) == sorted(whole)
     searched = [read_texts(fitting[key], section).texts for key in ("train", "test")]
-    assert sum(len("".join(map(str, part))) for part in searched) <= len("".join(map(str, parts[0]))) + 4
+    if kind == "document":
+        assert "".join(part[0] for part in searched) == parts[0][0]
+    else:
+        assert sorted(searched[0] + searched[1]) == sorted(parts[0])
 
 
 def test_a_search_tries_factors_of_the_methods_rate(run):
@@ -217,6 +250,95 @@ def test_a_search_tries_factors_of_the_methods_rate(run):
     assert recorded_rate(plan.directory / "lora", cells) is None
 
 
+def report(cell, accuracy):
+    """The cell's directory as a finished run leaves it."""
+    _files.write_text(cell.directory / "run.yaml", as_yaml(cell.config))
+    after = {"accuracy": accuracy, "evaluation_loss": 1 - accuracy}
+    content = {
+        "after": after, "seconds": {"whole": 1.0}, "seconds_per_step": 0.1, "peak_memory_mib": 500,
+        "static_memory_bytes": 1 << 20, "parameters": {"trainable": 1, "total": 100, "share": 0.01},
+        "rows": {"train": 48, "test": 12},
+    }  # fmt: skip
+    _files.write_json(cell.directory / "report.json", content)
+
+
+def another_process_runs(cell):
+    """Its lock, as the process that runs it holds it; close it to let go."""
+    lock = cell_runner._lock(cell.directory)
+    assert lock is not None
+    return lock
+
+
+def test_a_search_that_another_process_is_still_running_finds_no_rate_and_starts_no_run(run):
+    plan = make_plan(run(), ["lora"], [0])
+    _, fitting = write_splits(plan, Watcher())
+    cells = plan.search_cells("lora", fitting)
+    report(cells[0], 0.9)
+    report(cells[1], 0.5)
+    lock, said = another_process_runs(cells[2]), Notes()
+    result = compare(plan, said, search=True)
+    assert not (plan.directory / "lora" / "search.json").exists()
+    assert result["rows"][0]["state"] == "unfinished"
+    assert not (plan.directory / "lora" / "seed-0").exists()
+    assert "lora: its search is not finished; another process is at it. Its runs wait for that." in said.lines
+    os.close(lock)
+
+
+def test_a_search_is_judged_when_every_rate_has_a_score_a_refusal_or_a_failure(run):
+    plan = make_plan(run(), ["lora"], [0])
+    _, fitting = write_splits(plan, Watcher())
+    cells, found = plan.search_cells("lora", fitting), cell_runner.CellRunner(1, 3, Watcher())
+    directory = plan.directory / "lora"
+    report(cells[0], 0.9)
+    cells[1].refuse("nothing to adapt")
+    assert not judge(directory, cells, found, Watcher())
+    assert not (directory / "search.json").exists()
+    found.failures[cells[2]] = "the loss is not finite"
+    assert judge(directory, cells, found, Watcher())
+    assert recorded_rate(directory, cells) == 3e-4
+    assert not found.failures
+
+
+@pytest.mark.parametrize("search", [False, True])
+def test_redo_leaves_alone_what_another_process_runs(run, search):
+    plan = make_plan(run(), ["lora"], [0])
+    data, fitting = write_splits(plan, Watcher(), search)
+    cells = plan.search_cells("lora", fitting) if search else []
+    cells += plan.with_changes(["lora"], data=data).cells("lora")
+    locks = [another_process_runs(cell) for cell in cells]
+    for cell in cells:
+        (cell.directory / CHECKPOINT).touch()
+    compare(plan, search=search, redo=["lora"])
+    assert all((cell.directory / CHECKPOINT).exists() for cell in cells)
+    for lock in locks:
+        os.close(lock)
+
+
+def test_paths_are_published_as_the_run_file_has_them(tmp_path, model, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "rows.jsonl", sentences(60))
+    content = {"model": {"path": os.path.relpath(model)}, "data": {"train": "rows.jsonl"}}
+    content["output"] = {"directory": "runs/compared"}
+    (tmp_path / "run.yaml").write_text(json.dumps(content))
+    plan = make_plan(load_run("run.yaml"), ["lora", "adapter"], [0])
+    data, _ = write_splits(plan, Watcher(), for_search=False)
+    done = plan.with_changes(["lora", "adapter"], data=data)
+    report(done.cells("lora")[0], 0.9)
+    done.cells("adapter")[0].refuse(f"Nothing in {model} fits, see {tmp_path}/runs/compared/adapter.")
+    compare(plan, only=["adapter"])
+    result = json.loads((tmp_path / "runs/compared/comparison.json").read_text())
+    assert result["model"] == result["run_file"]["model"]["path"] == content["model"]["path"]
+    assert result["run_file"]["data"]["train"] == "rows.jsonl"
+    assert result["run_file"]["output"]["directory"] == "runs/compared"
+    assert result["rows"][0]["settings"]["data"]["train"].startswith("runs/compared/data/train-")
+    assert result["rows"][1]["reason"] == f"Nothing in {content['model']['path']} fits, see runs/compared/adapter."
+    for name in ("comparison.json", "comparison.md", "comparison.csv"):
+        text = (tmp_path / "runs/compared" / name).read_text()
+        assert str(tmp_path) not in text
+        assert str(model) not in text
+    assert f"# Comparison on {model.name}\n" in (tmp_path / "runs/compared/comparison.md").read_text()
+
+
 @pytest.mark.parametrize("option", ["only", "redo"])
 def test_cells_that_are_not_in_the_plan_are_refused(run, option):
     plan = make_plan(run(), ["lora"], [0, 1])
@@ -225,7 +347,7 @@ def test_cells_that_are_not_in_the_plan_are_refused(run, option):
     for part in (
         f"--{option} full: is not in this comparison, which has lora:0, lora:1",
         "lora:2",
-        "did you mean lora",
+        "did you mean 'lora'",
     ):
         assert part in str(error.value)
 

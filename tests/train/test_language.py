@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mindpet.models.loading import PretrainedFilesError
 from mindpet.models.pretrained import open_pretrained
 from mindpet.train import run
 from mindpet.train.config import METHOD_NAMES, RunFileError, load_run
 from mindpet.train.fit import Interrupted, Reporter, read_metrics
 from mindpet.train.language import Codec, encode_texts
 from mindpet.train.metrics import scorer
+from mindpet.train.prepare import prepare
 from mindpet.train.step import IGNORED, SummedLoss
 from tests.tiny import questions, stories, write_language_model, write_model, write_rows
 
@@ -98,6 +100,47 @@ def test_responses_are_learned(model, tmp_path, train_mode):
     tokenizer = open_pretrained(model).tokenizer()
     responses = [tokenizer.encode(row["response"]).ids for row in questions(60)]
     assert sum(report["tokens"].values()) == sum(map(len, responses)) + 60
+
+
+class Messages(Reporter):
+    """Remembers what a run says."""
+
+    def __init__(self):
+        self.texts = []
+
+    def message(self, text):
+        self.texts.append(text)
+
+
+def test_texts_that_are_left_out_are_reported_on_both_sides(model, tmp_path):
+    long = {"prompt": stories(20).replace("\n", " "), "response": "sea"}
+    cut = {"prompt": "boat", "response": stories(20).replace("\n", " ")}
+    train = write_rows(tmp_path / "train.jsonl", [*questions(6), long, cut])
+    test = write_rows(tmp_path / "test.jsonl", [*questions(4, seed=9), long, {**long, "response": "sky"}])
+    more = (f"data.test={test}", "data.max_length=96", "data.overlap=keep", "data.packing=false")
+    config, said = settings(model, train, tmp_path / "out", *more), Messages()
+    prepared = prepare(config, said)
+    assert (prepared.train.count, prepared.test.count) == (7, 4)
+    said = "\n".join(said.texts)
+    assert "1 training texts are longer than 96 tokens and are cut." in said
+    assert "1 training texts have nothing to learn in their first 96 tokens: left out." in said
+    assert "2 held-out texts have nothing to learn in their first 96 tokens: left out." in said
+    assert "7 texts in 7 rows" in said
+    assert "4 texts in 4 rows" in said
+
+
+def test_sizes_that_a_configuration_leaves_out_or_gives_wrongly(model, story, tmp_path):
+    model = write_language_model(tmp_path / "model")
+    content = json.loads((model / "config.json").read_text())
+    del content["vocab_size"]  # then it is that of the network, 32000: more than the words, and than the tensors have
+    (model / "config.json").write_text(json.dumps(content))
+    config = settings(model, story, tmp_path / "out")
+    assert prepare(config, Reporter()).task == "language"
+    with pytest.raises(PretrainedFilesError, match=r"embed_tokens\.weight is \(300, 16\) in the files, \(32000, 16\)"):
+        run.finetune(config)
+    (model / "config.json").write_text(json.dumps({**content, "vocab_size": "300"}))
+    with pytest.raises(PretrainedFilesError, match="'vocab_size' must be a positive int, but got '300'"):
+        prepare(config, Reporter())
 
 
 @pytest.mark.usefixtures("back_to_pynative")

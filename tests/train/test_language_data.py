@@ -1,10 +1,13 @@
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 
+from mindpet.models.generation import end_tokens
 from mindpet.models.pretrained import open_pretrained
 from mindpet.train.config import DataSection
 from mindpet.train.data import DataError, Rows
@@ -180,10 +183,32 @@ def test_long_rows_are_cut_and_counted_and_those_without_a_response_left_out(cod
     long = (("user", "Where? " * 30), ("assistant", "the sea"))
     short = (("user", "Where?"), ("assistant", "the sea " * 20))
     encoded = encode_texts(codec, [long, short], 40, packing=True, blocks=False)
-    assert (encoded.count, encoded.cut) == (1, 2)
+    assert (encoded.count, encoded.cut, encoded.left_out) == (1, 1, 1)
     assert encoded.columns["input_ids"].shape[1] == 40
     with pytest.raises(DataError, match="No text has a token to learn within data.max_length=8"):
         encode_texts(codec, [long], 8, packing=True, blocks=False)
+
+
+def test_a_role_that_is_not_unicode_is_a_broken_row(tmp_path):
+    turns = [{"role": "us\ud83der", "content": "a"}, {"role": "assistant", "content": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", [{"messages": turns}, {"messages": turns[1:]}])
+    rows = read_texts(path, section())
+    assert rows.broken == ["rows.jsonl, line 1: message 1 of 'messages' is not UTF-8"]
+    assert rows.texts == [(("assistant", "b"),)]
+
+
+@pytest.mark.parametrize("words", [{"</s>": 3}, {"<|end_of_text|>": 5, "</s>": 3}, {"<|endoftext|>": 7}], ids=str)
+@pytest.mark.parametrize("named", [None, 4, [4, 6], "4", [], [True], 99], ids=str)
+def test_what_is_learned_at_the_end_ends_what_is_generated(words, named):
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 4, "c": 6, **words}, "a"))
+    config = {"eos_token_id": named, "vocab_size": 8}
+    pretrained = SimpleNamespace(tokenizer=lambda: tokenizer, config=config, chat_template=lambda: None)
+    end = Codec.of(pretrained).end
+    assert end in end_tokens(tokenizer, config)
+    assert end == (words.get("<|endoftext|>") or (4 if named in (4, [4, 6]) else min(words.values(), key=ORDER.index)))
+
+
+ORDER = [7, 5, 3]  # <|endoftext|>, <|end_of_text|>, </s>
 
 
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=60))

@@ -263,13 +263,14 @@ def generate(
 ) -> None:
     """Continue a text, or answer, with a language model. The text appears as it is generated.
 
-    Without [bold]--chat[/bold] or [bold]--raw[/bold], the prompt is a user's turn if the model has a chat template,
-    unless the run was on plain text; a line on stderr says which. Only the
-    continuation goes to stdout. [bold]Ctrl-C[/bold] ends it with what there is.
+    Without [bold]--chat[/bold] or [bold]--raw[/bold], the prompt is a user's turn if the model has a chat
+    template, unless the run was on plain text; a line on stderr says which.
+    Only the continuation goes to stdout. [bold]Ctrl-C[/bold] ends it with what there is.
 
-    Graph mode compiles for 10 to 30 seconds before the first token, then is two to
-    four times as fast as PyNative: it pays from 100 to 300 tokens on. An answer often ends earlier than it may,
-    so the default is pynative, and graph for [bold]--max-tokens[/bold] of 256 and more.
+    Graph mode compiles for 10 to 30 seconds before the first token, then is two
+    to four times as fast as PyNative: it pays from 100 to 300 tokens on. An answer
+    often ends earlier than it may, so the default is pynative, and graph from
+    [bold]--max-tokens 256[/bold] on.
 
     Examples:
       mindpet generate runs/latest "To be, or not"
@@ -367,6 +368,73 @@ def summary(
         network = preset if preset is not None else content
         rows = summary_table(network, method or [], options, optimizer=optimizer or "adam", dtype=dtype, labels=labels)
         print_summary(title, rows, optimizer or "adam")
+
+
+@app.command()
+def plan(
+    source: Annotated[
+        str | None,
+        typer.Argument(help="A run file, a directory of weights, or a .gguf or e5 .bin file."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A known network, glm2-6b for instance; no files needed.")] = None,
+    method: Annotated[str | None, typer.Option(help="A method, or full; lora by default.")] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="How many; with one of the next two, the other follows from it.")
+    ] = None,
+    data_parallel: Annotated[int | None, typer.Option(help="Into how many parts the batch is cut.")] = None,
+    model_parallel: Annotated[int | None, typer.Option(help="Into how many parts the weights are cut.")] = None,
+    cut: Annotated[
+        str | None, typer.Option(metavar="rows|columns", help="All layers alike; by turns when not given.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Samples in a step, all devices together.")] = 8,
+    seq: Annotated[int | None, typer.Option(help="Tokens in each sample.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adam, adamw or sgd (with momentum).")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Of weights and activations: float32 or float16.")] = None,
+    memory: Annotated[str, typer.Option(help="Of a device.")] = "32GB",
+    bandwidth: Annotated[str, typer.Option(help="Between devices, each.")] = "25GB/s",
+    speed: Annotated[str, typer.Option(help="Of a device.")] = "200TFLOP/s",
+    kernels: Annotated[
+        bool, typer.Option("--kernels/--no-kernels", help="Whether mindpet's CPU kernels compute, or MindSpore's own.")
+    ] = True,
+) -> None:
+    """Plan tuning over several devices: memory, communication, largest batch, strategies. No weights are read.
+
+    Examples:
+      mindpet plan --preset glm2-6b --devices 8 --model-parallel 4 --batch 8 --seq 2048
+
+      mindpet plan --preset llama3-70b --devices 16 --model-parallel 8 --dtype float16 --memory 64GB
+
+      mindpet plan run.yaml --batch 32 --seq 128
+    """
+    with _readable_errors():
+        from mindpet.cli.plan_screen import print_plan
+        from mindpet.train.config import load_run
+        from mindpet.train.plan_answer import planned
+        from mindpet.train.summary_table import sizes_of
+
+        options = {}
+        if source is not None and source.endswith((".yaml", ".yml")):
+            config = load_run(Path(source))
+            source, optimizer = config.model.path, optimizer or config.train.optimizer
+            if method in (None, config.method.name):
+                method, options = config.method.name, config.method.options
+        title, content = sizes_of(source, preset)
+        found = planned(
+            preset if preset is not None else content,
+            method or "lora",
+            options,
+            amounts={"memory": memory, "bandwidth": bandwidth, "speed": speed},
+            devices=devices,
+            data_parallel=data_parallel,
+            model_parallel=model_parallel,
+            cut=cut,
+            batch=batch,
+            seq=seq,
+            optimizer=optimizer or "adam",
+            dtype=dtype,
+            kernels=kernels,
+        )
+        print_plan(title, found)
 
 
 @app.command()

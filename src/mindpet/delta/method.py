@@ -33,6 +33,11 @@ class DeltaConfig:
             object.__setattr__(self, name, _patterns(owner, name, getattr(self, name)))
         if self.targets is not None and self.targets != "all-linear":
             object.__setattr__(self, "targets", _patterns(owner, "targets", self.targets, (str, type)))
+            if not self.targets:
+                raise ValueError(
+                    f"For '{owner}', 'targets' must name a cell at least, but got an empty list: leave it out for the "
+                    "method's usual ones."
+                )
         if self.layers is not None:
             layers = (self.layers,) if isinstance(self.layers, int) else tuple(self.layers)
             wrong = [layer for layer in layers if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0]

@@ -172,9 +172,8 @@ class PrefixTuning(PrefixSlot):
             ]
         )
         self.projection = config.projection
-        for (
-            layer
-        ) in self.layers:  # of the network and the two parameters beside it, one trains and the other would idle
+        # of the network and the two parameters beside it, one trains; the other would only idle
+        for layer in self.layers:
             if config.projection:
                 del layer.mindpet_delta_prefixtuning_past_key, layer.mindpet_delta_prefixtuning_past_value
             else:

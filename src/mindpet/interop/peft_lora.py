@@ -65,7 +65,7 @@ def read_lora(
             rank_stabilised=bool(content.get("use_rslora")),
             rank_pattern={path: rank for path, rank in ranks.items() if rank != content["r"]},
             alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != content["lora_alpha"]},
-            targets=tuple(ranks),
+            targets=tuple(ranks) or None,  # of no tensor at all the problems tell
             modules_to_save=tuple(path for path in values if MARKER not in path),
         ), values
     except (TypeError, ValueError) as error:

@@ -12,6 +12,7 @@ from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build, cells
 
 _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
+    "gelu_tanh": cells.FastGELUTanh,
     "masked_softmax": cells.FastMaskedSoftmax,
     "rms_norm": cells.FastRMSNorm,
     "gated_silu": cells.FastGatedSiLU,
@@ -25,11 +26,15 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     Parameters, their names, checkpoints and what trains stay as they are; so do results, up to rounding. It can be
     called before or after :func:`mindpet.inject`; a second call finds what came since the first. Where the kernels
     cannot be used (another device, no compiler, ``MINDPET_KERNELS=0``, semi-auto parallel mode) the network is returned
-    as it is, and inputs that are not float32 go to MindSpore's operators.
+    as it is. Inputs that are not float32, or in graph mode of a shape that is not known when the graph is compiled
+    (``set_inputs`` with None), go to MindSpore's operators. The kernels have first derivatives only: set
+    ``MINDPET_KERNELS=0`` for second ones.
 
     Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, and each Cell whose class says by an attribute
-    ``mindpet_kernel`` what it computes:
+    ``mindpet_kernel`` what it computes. A subclass does not inherit it, since it may compute something else: it names
+    its kernel again.
 
+    - ``"gelu_tanh"``: ``construct(x)`` is the tanh form of GELU;
     - ``"masked_softmax"``: ``construct(scores, mask)`` is softmax(scores + mask) over the last of four axes; no
       gradient goes to the mask;
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
@@ -75,7 +80,7 @@ def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:
         return cells.FastGELU
     if type(cell) is nn.LayerNorm:
         return cells.FastLayerNorm if _last_axis_only(cell) else None
-    name = getattr(type(cell), "mindpet_kernel", None)
+    name = vars(type(cell)).get("mindpet_kernel")
     if name is not None and name not in _BY_NAME:
         raise ValueError(
             f"The 'mindpet_kernel' of the {type(cell).__name__} at {path!r} must be one of {', '.join(_BY_NAME)}, "

@@ -26,6 +26,7 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
 )
 _MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes; -mcpu is for ARM
+_VARIABLES = ("MINDPET_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH", "MS_CUSTOM_AOT_WHITE_LIST")
 _SECONDS = 120
 
 
@@ -33,13 +34,11 @@ class KernelsUnavailable(RuntimeError):
     """There are no kernels on this machine; the message says why."""
 
 
-@functools.cache
 def available() -> bool:
     """Whether the kernels can be used here: compiles them the first time. If not, one line of the log says why."""
     return not why_not()
 
 
-@functools.cache
 def why_not() -> str:
     """The reason why there are no kernels, or an empty str. ``MINDPET_KERNELS=0`` turns them off without a warning."""
     if os.environ.get("MINDPET_KERNELS") == "0":
@@ -47,14 +46,19 @@ def why_not() -> str:
     try:
         library()
     except KernelsUnavailable as error:
-        _log.warning("MindSpore's own operators are used, which are slower: %s", error)
+        _warn(str(error))
         return str(error)
     return ""
 
 
 @functools.cache
+def _warn(reason: str) -> None:
+    """Once for each reason."""
+    _log.warning("MindSpore's own operators are used, which are slower: %s", reason)
+
+
 def library() -> Path:
-    """The compiled library.
+    """The compiled library. It is looked for once in a process, the device is asked for each time.
 
     Raises:
         KernelsUnavailable: another device than a CPU, no compiler, a compilation or a cache directory that fails.
@@ -63,11 +67,23 @@ def library() -> Path:
         raise KernelsUnavailable(f"the kernels are for a CPU, and the device is {_compat.device_target()}.")
     if platform.system() != "Linux":
         raise KernelsUnavailable(f"MindSpore takes operators of one's own on Linux only, not on {platform.system()}.")
-    compiler = _compiler()
-    path = cache_directory() / f"kernels-{_digest(compiler)}.so"
-    if not path.is_file():
-        _compile(compiler, path)
-    _check(path)
+    found = _found(*(os.environ.get(name) for name in _VARIABLES))
+    if isinstance(found, str):
+        raise KernelsUnavailable(found)
+    return found
+
+
+@functools.cache
+def _found(*_variables: str | None) -> Path | str:
+    """The library, or why there is none: found out again only when a variable changes that it depends on."""
+    try:
+        compiler = _compiler()
+        path = cache_directory() / f"kernels-{_digest(compiler)}.so"
+        if not path.is_file():
+            _compile(compiler, path)
+        _check(path)
+    except KernelsUnavailable as error:
+        return str(error)
     return path
 
 

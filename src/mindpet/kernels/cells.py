@@ -8,10 +8,23 @@ from typing import Any
 from mindspore import dtype as mstype
 from mindspore import nn, ops
 
+from mindpet import _compat
 from mindpet.kernels import operators
 
 
-class FastGELU(nn.GELU):
+class _Fast:
+    """A Cell with a kernel for some inputs and MindSpore's operators for the rest."""
+
+    fp16 = bf16 = (
+        False  # flags that `to_float` sets: in PyNative mode it casts what goes into operators, not into Cells
+    )
+
+    def takes(self, x):
+        """Whether the kernel can take this Tensor; a graph must know its shape when it is compiled."""
+        return x.dtype == mstype.float32 and _compat.is_known(x.shape) and not (self.fp16 or self.bf16)
+
+
+class FastGELU(_Fast, nn.GELU):
     """GELU, exact or in its tanh form."""
 
     def __init__(self, original: nn.GELU):
@@ -20,12 +33,25 @@ class FastGELU(nn.GELU):
         self.fast = operators.TanhGELU() if tanh else operators.GELU()
 
     def construct(self, x):
-        if x.dtype == mstype.float32:
+        if self.takes(x):
             return self.fast(x)
         return ops.gelu(x, approximate=self.approximate)
 
 
-class FastLayerNorm(nn.LayerNorm):
+class FastGELUTanh(_Fast, nn.Cell):
+    """GELU in its tanh form: `construct` takes (x)."""
+
+    def __init__(self, original: nn.Cell):
+        super().__init__()
+        self.fast = operators.TanhGELU()
+
+    def construct(self, x):
+        if self.takes(x):
+            return self.fast(x)
+        return x * ops.sigmoid(1.5957691216 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2/pi); tanh is coarse on a CPU
+
+
+class FastLayerNorm(_Fast, nn.LayerNorm):
     """LayerNorm over the last axis, with the original's gamma and beta."""
 
     def __init__(self, original: nn.LayerNorm):
@@ -36,13 +62,21 @@ class FastLayerNorm(nn.LayerNorm):
         self.fast = operators.LayerNorm(original.epsilon)
 
     def construct(self, x):
-        if x.dtype == mstype.float32 and x.shape[-1] == self.gamma.shape[0]:
+        if self.takes(x) and x.shape[-1:] == self.gamma.shape:
             return self.fast(x, self.gamma, self.beta)
         y, _, _ = self.layer_norm(x, self.gamma.astype(x.dtype), self.beta.astype(x.dtype))
         return y
 
 
-class FastMaskedSoftmax(nn.Cell):
+def _is_mask_of(mask, scores):
+    """Whether a mask of that shape broadcasts to scores of this one, which stay as they are."""
+    fits = len(scores) == 4 and len(mask) == 4 and mask[3] == scores[3]
+    for axis in range(3):
+        fits = fits and mask[axis] in (1, scores[axis])
+    return fits
+
+
+class FastMaskedSoftmax(_Fast, nn.Cell):
     """Softmax of ``scores + mask``: `construct` takes (scores, mask), both of four axes."""
 
     def __init__(self, original: nn.Cell):
@@ -51,13 +85,12 @@ class FastMaskedSoftmax(nn.Cell):
         self.softmax = ops.Softmax(axis=-1)
 
     def construct(self, scores, mask):
-        four_axes = len(scores.shape) == 4 and len(mask.shape) == 4 and scores.shape[-1] == mask.shape[-1]
-        if four_axes and scores.dtype == mstype.float32 and mask.dtype == mstype.float32:
+        if self.takes(scores) and self.takes(mask) and _is_mask_of(mask.shape, scores.shape):
             return self.fast(scores, mask)
         return self.softmax(scores + ops.stop_gradient(mask))
 
 
-class FastRMSNorm(nn.Cell):
+class FastRMSNorm(_Fast, nn.Cell):
     """RMSNorm over the last axis: the original has `weight` and `epsilon`, `construct` takes (x)."""
 
     def __init__(self, original: Any):
@@ -66,14 +99,14 @@ class FastRMSNorm(nn.Cell):
         self.fast = operators.RMSNorm(original.epsilon)
 
     def construct(self, x):
-        if x.dtype == mstype.float32 and self.weight.dtype == mstype.float32:
+        if self.takes(x) and self.weight.dtype == mstype.float32 and x.shape[-1:] == self.weight.shape:
             return self.fast(x, self.weight)
         wide = x.astype(mstype.float32)
         scale = ops.rsqrt(ops.square(wide).mean(-1, keep_dims=True) + self.epsilon)
-        return (wide * scale).astype(x.dtype) * self.weight.astype(x.dtype)
+        return (wide * scale).astype(x.dtype) * self.weight
 
 
-class FastGatedSiLU(nn.Cell):
+class FastGatedSiLU(_Fast, nn.Cell):
     """silu(gate) * up: `construct` takes (gate, up)."""
 
     def __init__(self, original: nn.Cell):
@@ -81,12 +114,12 @@ class FastGatedSiLU(nn.Cell):
         self.fast = operators.GatedSiLU()
 
     def construct(self, gate, up):
-        if gate.dtype == mstype.float32 and up.dtype == mstype.float32 and gate.shape == up.shape:
+        if self.takes(gate) and self.takes(up) and gate.shape == up.shape:
             return self.fast(gate, up)
         return gate * ops.sigmoid(gate) * up
 
 
-class FastCrossEntropy(nn.Cell):
+class FastCrossEntropy(_Fast, nn.Cell):
     """The loss of each row, 0 where its label is negative: `construct` takes (logits, labels)."""
 
     def __init__(self, original: nn.Cell):
@@ -94,4 +127,7 @@ class FastCrossEntropy(nn.Cell):
         self.fast = operators.CrossEntropy()
 
     def construct(self, logits, labels):
-        return self.fast(logits.astype(mstype.float32), labels.astype(mstype.int32))
+        if self.takes(logits) and _compat.is_known(labels.shape) and labels.shape == logits.shape[:-1]:
+            return self.fast(logits, labels.astype(mstype.int32))
+        counted = ops.where(labels < 0, -100, labels)
+        return ops.cross_entropy(logits, counted, ignore_index=-100, reduction="none")

@@ -7,6 +7,7 @@
 // one thread, and a sum over rows is cut into blocks whose number depends on the sizes only. To be compiled without
 // -ffinite-math-only: NaN goes through, infinities have their limits.
 #include <sched.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cmath>
@@ -31,8 +32,9 @@ constexpr int64_t SMALL = 65536;    // elements below which waking other threads
 constexpr int64_t ROW_BLOCKS = 32;  // partial sums of a sum over rows
 
 // Threads that sleep between two kernels. OpenMP's would go on spinning for a while and take the processor away from
-// the matrix product that follows. A thread that does not wake up in time, or is not there after a fork, is not waited
-// for: whoever is awake takes the next chunk. A second kernel at the same time runs on its caller's thread alone.
+// the matrix product that follows. A thread that does not wake up in time is not waited for: whoever is awake takes the
+// next chunk. A second kernel at the same time runs on its caller's thread alone, and so does every kernel of a process
+// that was forked: it has none of the threads, and mutexes and condition variables as they stood at that moment.
 class Pool {
 public:
     static Pool &instance() {
@@ -42,8 +44,8 @@ public:
 
     // body(chunk) for every chunk of [0, count).
     void run(int64_t count, const std::function<void(int64_t)> &body) {
-        std::unique_lock<std::mutex> mine(busy_, std::try_to_lock);
-        if (!mine || workers_ == 0 || count < 2) {
+        std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
+        if (workers_ == 0 || count < 2 || getpid() != pid_ || !mine.try_lock()) {
             for (int64_t chunk = 0; chunk < count; ++chunk) body(chunk);
             return;
         }
@@ -100,6 +102,7 @@ private:
         }
     }
 
+    const pid_t pid_ = getpid();
     std::mutex busy_, lock_;
     std::condition_variable wake_, done_;
     const std::function<void(int64_t)> *body_ = nullptr;
@@ -218,6 +221,10 @@ struct Call {
     int64_t size(int index) const { return size_of(ndims[index], shapes[index]); }
     int64_t columns(int index) const { return ndims[index] ? shapes[index][ndims[index] - 1] : 1; }
     int64_t rows(int index) const { return ndims[index] ? size_of(ndims[index] - 1, shapes[index]) : 1; }
+    // Whether a parameter has an entry for each of the first one's entries, columns, rows.
+    bool per_entry(int index) const { return size(index) == size(0); }
+    bool per_column(int index) const { return size(index) == columns(0); }
+    bool per_row(int index) const { return size(index) == rows(0); }
 };
 
 // body(first, last) for pieces of [0, size), on all threads; an index stands for `weight` elements of work.
@@ -274,7 +281,7 @@ int map(const Call &call) {  // x, y
 
 template <float (*Function)(float)>
 int map_product(const Call &call) {  // x, factor, Function(x) factor
-    if (!call.floats(3)) return 1;
+    if (!call.floats(3) || !call.per_entry(1)) return 1;
     const float *x = call[0], *factor = call[1];
     float *y = call[2];
     each_piece(call.size(2), 1, [=](int64_t first, int64_t last) {
@@ -355,7 +362,7 @@ KERNEL gelu_tanh_backward(ARGUMENTS) { CALL; return map_product<gelu_tanh_slope>
 KERNEL gated_silu_forward(ARGUMENTS) { CALL; return map_product<silu>(call); }
 KERNEL gated_silu_backward(ARGUMENTS) {
     CALL;
-    if (!call.floats(4)) return 1;
+    if (!call.floats(4) || !call.per_entry(1) || !call.per_entry(2)) return 1;
     const float *gate = call[0], *up = call[1], *dy = call[2];
     float *dx = call[3];
     each_piece(call.size(3), 1, [=](int64_t first, int64_t last) {
@@ -368,7 +375,7 @@ KERNEL gated_silu_backward(ARGUMENTS) {
 // ---- LayerNorm over the last axis: x, gamma, beta, epsilon, y
 KERNEL layer_norm_forward(ARGUMENTS) {
     CALL;
-    if (!call.floats(5)) return 1;
+    if (!call.floats(5) || !call.per_column(1) || !call.per_column(2)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *gamma = call[1], *beta = call[2];
     const float epsilon = *call[3];
@@ -387,7 +394,7 @@ KERNEL layer_norm_forward(ARGUMENTS) {
 // x, gamma, epsilon, dy, dx
 KERNEL layer_norm_backward(ARGUMENTS) {
     CALL;
-    if (!call.floats(5)) return 1;
+    if (!call.floats(5) || !call.per_column(1) || !call.per_entry(3)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *gamma = call[1], *dy = call[3];
     const float epsilon = *call[2];
@@ -415,7 +422,7 @@ KERNEL layer_norm_backward(ARGUMENTS) {
 // x, epsilon, dy, d(gamma)
 KERNEL layer_norm_backward_gamma(ARGUMENTS) {
     CALL;
-    if (!call.floats(4)) return 1;
+    if (!call.floats(4) || !call.per_entry(2)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *dy = call[2];
     const float epsilon = *call[1];
@@ -444,7 +451,7 @@ KERNEL layer_norm_backward_beta(ARGUMENTS) {
 // ---- RMSNorm over the last axis: x, weight, epsilon, y
 KERNEL rms_norm_forward(ARGUMENTS) {
     CALL;
-    if (!call.floats(4)) return 1;
+    if (!call.floats(4) || !call.per_column(1)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *weight = call[1];
     const float epsilon = *call[2];
@@ -462,7 +469,7 @@ KERNEL rms_norm_forward(ARGUMENTS) {
 // x, weight, epsilon, dy, dx
 KERNEL rms_norm_backward(ARGUMENTS) {
     CALL;
-    if (!call.floats(5)) return 1;
+    if (!call.floats(5) || !call.per_column(1) || !call.per_entry(3)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *weight = call[1], *dy = call[3];
     const float epsilon = *call[2];
@@ -484,7 +491,7 @@ KERNEL rms_norm_backward(ARGUMENTS) {
 // x, epsilon, dy, d(weight)
 KERNEL rms_norm_backward_weight(ARGUMENTS) {
     CALL;
-    if (!call.floats(4)) return 1;
+    if (!call.floats(4) || !call.per_entry(2)) return 1;
     const int64_t columns = call.columns(0);
     const float *x = call[0], *dy = call[2];
     const float epsilon = *call[1];
@@ -523,7 +530,7 @@ KERNEL masked_softmax_forward(ARGUMENTS) {
 // y, dy, d(scores)
 KERNEL softmax_backward(ARGUMENTS) {
     CALL;
-    if (!call.floats(3)) return 1;
+    if (!call.floats(3) || !call.per_entry(1)) return 1;
     const int64_t columns = call.columns(0);
     const float *y = call[0], *dy = call[1];
     float *dx = call[2];
@@ -543,7 +550,7 @@ KERNEL softmax_backward(ARGUMENTS) {
 // A negative label is ignored: its loss and gradient are 0. A label of no class gives NaN.
 KERNEL cross_entropy_forward(ARGUMENTS) {
     CALL;
-    if (!call.floats(3, 1)) return 1;
+    if (!call.floats(3, 1) || !call.per_row(1)) return 1;
     const int64_t columns = call.columns(0);
     const float *logits = call[0];
     const int32_t *labels = static_cast<const int32_t *>(params[1]);
@@ -564,7 +571,7 @@ KERNEL cross_entropy_forward(ARGUMENTS) {
 // logits, labels, d(losses), d(logits)
 KERNEL cross_entropy_backward(ARGUMENTS) {
     CALL;
-    if (!call.floats(4, 1)) return 1;
+    if (!call.floats(4, 1) || !call.per_row(1) || !call.per_row(2)) return 1;
     const int64_t columns = call.columns(0);
     const float *logits = call[0], *dy = call[2];
     const int32_t *labels = static_cast<const int32_t *>(params[1]);

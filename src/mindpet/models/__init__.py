@@ -2,6 +2,7 @@
 
 from mindpet.models.bert import BertConfig, BertForSequenceClassification, BertModel, mean_pool
 from mindpet.models.families import Family
+from mindpet.models.generation import Generation, TextStream, generate, stream_text
 from mindpet.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from mindpet.models.llama import LlamaConfig, LlamaForCausalLM
 from mindpet.models.loading import LoadReport, PretrainedFilesError
@@ -22,14 +23,18 @@ __all__ = [
     "Family",
     "GPT2Config",
     "GPT2LMHeadModel",
+    "Generation",
     "LlamaConfig",
     "LlamaForCausalLM",
     "LoadReport",
     "Pretrained",
     "PretrainedFilesError",
+    "TextStream",
     "chat_template",
     "family_of",
+    "generate",
     "load_tokenizer",
     "mean_pool",
     "open_pretrained",
+    "stream_text",
 ]

@@ -256,7 +256,7 @@ def stream_text(
         prompt: the prompt's tokens.
         max_tokens: how many tokens to generate at most; fewer where the network's positions end.
         stop: strings that end the text, and are not shown.
-        stop_tokens: tokens that do; see :func:`end_tokens`.
+        stop_tokens: tokens that do; see :func:`~mindpet.models.text_pieces.end_tokens`.
         temperature: as for :func:`generate`, like the others.
         top_k: as there.
         top_p: as there.
@@ -291,15 +291,3 @@ def _compile(network: "CausalLanguageModel", cache: KeyValueCache, prompt: int, 
         _without_dropout(network, np.zeros((1, size), np.int32), None, cache)
         cache.lengths = lengths
     return time.perf_counter() - begun
-
-
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")  # of a text, or of a turn
-
-
-def end_tokens(tokenizer: "Tokenizer", config: dict[str, Any]) -> list[int]:
-    """The tokens that end a text or a turn: those named in a ``config.json``, and special ones with usual names."""
-    named = config.get("eos_token_id")
-    found = [number for number in (named if isinstance(named, list) else [named]) if isinstance(number, int)]
-    added = tokenizer.get_added_tokens_decoder()
-    found += [number for number, token in added.items() if token.special and token.content in _ENDS]
-    return sorted(number for number in set(found) if 0 <= number < config.get("vocab_size", number + 1))

@@ -25,6 +25,8 @@ class GELUTanh(nn.Cell):
     .. math:: y = x\, \sigma\bigl(2\sqrt{2/\pi}\,(x + 0.044715\, x^3)\bigr)
     """
 
+    mindpet_kernel = "gelu_tanh"  # what mindpet.kernels.accelerate replaces it by
+
     def __init__(self):
         super().__init__()
         self.sigmoid = ops.Sigmoid()

@@ -1,6 +1,10 @@
 """From tokens to text as they come: nothing is given out before it is certain, and nothing is taken back."""
 
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 HALF = "\N{REPLACEMENT CHARACTER}"  # what a decoder makes of bytes that are no character, or none yet
 
@@ -82,3 +86,15 @@ class StopStrings:
 def _beginning(text: str, string: str) -> int:
     """How long the longest end of `text` is that `string` begins with, `string` itself aside."""
     return next((size for size in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:size])), 0)
+
+
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")  # of a text, or of a turn
+
+
+def end_tokens(tokenizer: "Tokenizer", config: dict[str, Any]) -> list[int]:
+    """The tokens that end a text or a turn: those named in a ``config.json``, and special ones with usual names."""
+    named = config.get("eos_token_id")
+    found = [number for number in (named if isinstance(named, list) else [named]) if isinstance(number, int)]
+    added = tokenizer.get_added_tokens_decoder()
+    found += [number for number, token in added.items() if token.special and token.content in _ENDS]
+    return sorted(number for number in set(found) if 0 <= number < config.get("vocab_size", number + 1))

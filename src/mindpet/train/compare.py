@@ -57,13 +57,9 @@ def compare(
     searches = {name: plan.search_cells(name, fitting) for name in plan.variants} if fitting else {}
     looking = [cell for name in names for cell in searches[name]] if search else []
     runner = CellRunner(jobs, len(looking) + len(wanted), watcher)
-    for cell in looking:
-        if all((cell.variant, seed) in again for seed in plan.seeds):
-            cell.forget()
+    runner.redo = {cell for cell in looking if all((cell.variant, seed) in again for seed in plan.seeds)}
     runner.run(looking)
-    if search:
-        for name in names:
-            judge(plan.directory / name, searches[name], runner, watcher)
+    searching = {name for name in names if search and not judge(plan.directory / name, searches[name], runner, watcher)}
     found = {name: rate for name, cells in searches.items() if (rate := recorded_rate(plan.directory / name, cells))}
     for name, rate in found.items():
         plan = plan.with_changes([name], train={"learning_rate": rate})
@@ -76,10 +72,8 @@ def compare(
         return result
 
     cells_by_pair = {(name, cell.config.train.seed): cell for name in plan.variants for cell in plan.cells(name)}
-    for pair in wanted:
-        if pair in again:
-            cells_by_pair[pair].forget()
-    lost = {cell.variant for cell in runner.failures}  # no rate of their search worked
+    runner.redo = {cells_by_pair[pair] for pair in wanted if pair in again}
+    lost = searching | {cell.variant for cell in runner.failures}  # or no rate of their search worked
     runner.after = write
     runner.run([cells_by_pair[pair] for pair in everything if pair in wanted and pair[0] not in lost])
     return write()

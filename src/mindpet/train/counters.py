@@ -1,7 +1,6 @@
 """How many parameters each method adds, as a formula of the sizes of a cell. Nothing here imports MindSpore.
 
-The defaults and usual targets are those of the methods' records in `mindpet.delta`, for our BERT; the tests hold the
-two together.
+The defaults and usual targets are those of the methods' records in `mindpet.delta`; the tests hold the two together.
 """
 
 from collections.abc import Callable, Mapping
@@ -77,7 +76,7 @@ def _bitfit(path: str, given: dict[str, Any]) -> bool:
 _AFTER_BLOCKS = {
     "bert": ("*.attention.output.dense", "*.layer.*.output.dense"),
     "gpt2": ("*.attn.c_proj", "*.mlp.c_proj"),
-    "llama": ("*.o_proj", "*.down_proj"),
+    "llama": ("*.self_attn.o_proj", "*.mlp.down_proj"),
     "chatglm": ("*.self_attention.dense", "*.dense_4h_to_h"),
 }
 _ATTENTION = {
@@ -112,3 +111,12 @@ COUNTERS = {
     "bitfit": Counter({"include_norm": False}, trains=_bitfit),
 }
 ALIASES = {"prefixtuning": "prefix"}
+
+
+def method_key(name: str) -> str:
+    """The name under which a method is listed here, whatever it is called in a run file.
+
+    >>> method_key("LoRA"), method_key("PrefixTuning")
+    ('lora', 'prefix')
+    """
+    return ALIASES.get(name.lower(), name.lower())

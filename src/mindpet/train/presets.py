@@ -4,11 +4,12 @@ Paths are those of our networks (and of Hugging Face's), so the patterns of a ru
 here imports MindSpore.
 """
 
-import difflib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from mindpet._near import near
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,8 @@ def preset(name: str) -> dict[str, Any]:
     21128
     """
     if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"There is no network {name!r}: the known ones are {', '.join(PRESETS)}.{hint}")
+        hint = near(name, PRESETS) or "."
+        raise ValueError(f"There is no network {name!r}: the known ones are {', '.join(PRESETS)}{hint}")
     return dict(PRESETS[name])
 
 
@@ -71,13 +71,16 @@ def network_sizes(content: Mapping[str, Any], labels: int = 2) -> NetworkSizes:
         labels: classes of the head of a ``bert``; 0 for none.
 
     Raises:
-        ValueError: another ``model_type``, a size that is missing or not a positive int; all in one message.
+        ValueError: no object; another ``model_type``, a size that is missing or not a positive int, all in one
+            message.
 
     >>> [cell.path for cell in network_sizes(preset("gpt2")).cells[:3]]
     ['transformer.wte', 'transformer.wpe', 'transformer.h.0.ln_1']
     """
+    if not isinstance(content, Mapping):
+        raise ValueError(f"The content of a config.json must be an object, but is {content!r}.")
     kind = content.get("model_type")
-    if kind not in _FAMILIES:
+    if not isinstance(kind, str) or kind not in _FAMILIES:
         raise ValueError(f"'model_type' must be one of {', '.join(_FAMILIES)}, but got {kind!r}.")
     family, needed, cells_of = _FAMILIES[kind]
     wrong = [

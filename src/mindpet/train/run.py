@@ -13,6 +13,7 @@ import yaml
 from mindspore import nn
 
 from mindpet import _compat, _files
+from mindpet._checks import NothingFitsError
 from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import inject
@@ -30,11 +31,17 @@ FULL_LEARNING_RATE = 1e-4
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
 
 
+class NothingDrops(RunFileError):
+    """R-Drop in a network without any dropout: a method that does not fit."""
+
+    exit_code = NothingFitsError.exit_code
+
+
 def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
     """The pre-trained network with the run's method in it, and a new head if it classifies; the same at every call.
 
     Raises:
-        RunFileError: no pooler though one is asked for; R-Drop without any dropout.
+        RunFileError: no pooler though one is asked for; R-Drop without any dropout (NothingDrops).
     """
     ms.set_seed(config.train.seed)
     np.random.seed(config.train.seed)
@@ -47,7 +54,7 @@ def build_network(config: RunConfig, labels: list[str]) -> nn.Cell:
         network = inject(network, method_config(config.method, modules_to_save=whole))
     if config.train.r_drop_alpha and not dropouts(network):
         own = "" if config.method.name == "full" else ", or the method's own (method.dropout=0.1 where it has one)"
-        raise RunFileError(
+        raise NothingDrops(
             "train.r_drop_alpha compares two passes with different dropout, but this network has none and they would "
             f"be equal: set model.dropout=0.1{own}."
         )

@@ -4,13 +4,13 @@ It counts what :func:`mindpet.inject` would build; the tests compare the two. No
 answer takes no longer than the import of Python's own modules.
 """
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from mindpet.train.counters import ALIASES, COUNTERS, Counter
+from mindpet._near import near
+from mindpet.train.counters import COUNTERS, Counter, method_key
 from mindpet.train.presets import DTYPES, CellSizes, NetworkSizes, network_sizes, preset
 
 ITEM_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -88,22 +88,6 @@ class Summary:
         """The same, were everything trained."""
         return (self.base + self.head) * (ITEM_SIZES[self.dtype] + MOMENTS[self.optimizer] * 4)
 
-    def rows(self) -> list[tuple[str, str]]:
-        """What to print: name and value, in order."""
-        ratio = self.static_bytes / self.full_static_bytes
-        return [
-            ("network", f"{self.network}, {self.base:,} parameters"),
-            ("method", f"{self.method} on {len(self.adapted)} cells" if self.adapted else self.method),
-            ("delta", f"{self.delta:,} parameters ({_per_cent(self.share_of_base)} of the network)"),
-            ("head", f"{self.head:,} parameters"),
-            ("trains", f"{self.trained:,} of {self.total:,} parameters ({_per_cent(self.share)})"),
-            ("weights", f"{_megabytes(self.weight_bytes)} in {self.dtype}"),
-            ("gradients", _megabytes(self.gradient_bytes)),
-            ("optimizer", f"{_megabytes(self.optimizer_bytes)} for {self.optimizer}"),
-            ("static memory", f"{_megabytes(self.static_bytes)}: weights and optimizer"),
-            ("of full tuning", f"{_per_cent(ratio)} of {_megabytes(self.full_static_bytes)}"),
-        ]
-
 
 def summarise(
     network: str | Mapping[str, Any],
@@ -133,13 +117,13 @@ def summarise(
     (294912, 0.3)
     """
     content = preset(network) if isinstance(network, str) else network
-    name = network if isinstance(network, str) else str(content.get("model_type"))
+    sizes = network_sizes(content, labels)
+    name = network if isinstance(network, str) else str(content["model_type"])
     dtype = dtype or DTYPES.get(name, "float32")
     _one_of("dtype", dtype, ITEM_SIZES)
     _one_of("optimizer", optimizer, MOMENTS)
-    method = ALIASES.get(method.lower(), method.lower())
+    method = method_key(method)
     _one_of("method", method, [*COUNTERS, "full"])
-    sizes = network_sizes(content, labels)
     given = _checked(method, options or {})
     parameters = {path: size for cell in sizes.cells for path, size in cell.parameters().items()}
     head = sum(size for path, size in parameters.items() if path.startswith(tuple(f"{one}." for one in sizes.heads)))
@@ -168,7 +152,7 @@ def _checked(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     counter = COUNTERS.get(method, Counter({}))
     known = {**counter.options, **(_SHARED if method != "full" else {})}
     wrong = [
-        f"'{method}' has no option '{name}'{_near(name, [*known, *counter.others])}"
+        f"'{method}' has no option '{name}'{near(name, [*known, *counter.others])}"
         for name in options
         if name not in known and name not in counter.others
     ]
@@ -188,6 +172,8 @@ def _checked(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if not isinstance(entries, (list, tuple)) or any(type(entry) is not kind for entry in entries):
             what = "numbers" if kind is int else "patterns"
             wrong.append(f"'{name}' must be {what}, but is {value!r}")
+    if isinstance(options.get("targets"), (list, tuple)) and not options["targets"]:
+        wrong.append("'targets' must name a cell at least; leave it out for the method's usual ones")
     if wrong:
         raise ValueError("; ".join(wrong) + ".")
     given = {**known, **options}
@@ -226,7 +212,7 @@ def _targeted(sizes: NetworkSizes, counter: Counter, given: dict[str, Any], whol
     misses += [one for one in given.get("rank_pattern", ()) if not any(fnmatchcase(path, one) for path in paths)]
     if misses or not cells:
         ends = {path.rpartition(".")[2] for path in (cell.path for cell in candidates)}
-        listed = "; ".join(f"{one!r}{_near(one.strip('*').rpartition('.')[2], ends)}" for one in misses or patterns)
+        listed = "; ".join(f"{one!r}{near(one.strip('*').rpartition('.')[2], ends)}" for one in misses or patterns)
         raise ValueError(f"These patterns match no cell that the method can adapt: {listed}.")
     return cells
 
@@ -254,24 +240,11 @@ def _saved_whole(sizes: NetworkSizes, given: dict[str, Any]) -> set[str]:
         below = {path for path in parameters if any(fnmatchcase(path, form) for form in forms)}
         if not below:
             parts = {part for path in parameters for part in path.split(".")}
-            raise ValueError(f"No parameter lies below {pattern!r}{_near(pattern, parts)}.")
+            raise ValueError(f"No parameter lies below {pattern!r}{near(pattern, parts)}.")
         found |= below
     return found
 
 
 def _one_of(name: str, value: str, known: Any) -> None:
     if value not in known:
-        raise ValueError(f"'{name}' must be one of {', '.join(known)}, but is {value!r}{_near(value, known)}.")
-
-
-def _near(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(str(name), list(known), n=2)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
-
-
-def _per_cent(share: float) -> str:
-    return f"{100 * share:.2f} %" if share >= 1e-3 else f"{100 * share:.3f} %"
-
-
-def _megabytes(count: int) -> str:
-    return f"{count / 2**20:,.1f} MiB"
+        raise ValueError(f"'{name}' must be one of {', '.join(known)}, but is {value!r}{near(value, known)}.")

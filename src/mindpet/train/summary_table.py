@@ -6,6 +6,7 @@ from typing import Any
 
 from mindpet import _files
 from mindpet.train.config import METHOD_NAMES, RunFileError
+from mindpet.train.counters import method_key
 from mindpet.train.presets import PRESETS, preset
 from mindpet.train.summary import Summary, summarise
 
@@ -14,7 +15,8 @@ def sizes_of(source: str | None, name: str | None) -> tuple[str, dict[str, Any]]
     """(title, content of its ``config.json``) of a model's directory or file, or of a network known by `name`.
 
     Raises:
-        RunFileError: neither or both are given; there is no such model, or no such name.
+        RunFileError: neither or both are given; there is no such model, or no such name; its config.json holds
+            something else than an object.
         PretrainedFilesError: the model's files cannot be read.
 
     >>> sizes_of(None, "llama-7b")[1]["hidden_size"]
@@ -30,7 +32,10 @@ def sizes_of(source: str | None, name: str | None) -> tuple[str, dict[str, Any]]
             raise RunFileError(str(error)) from None
     path = Path(str(source))
     if (path / "config.json").is_file():
-        return path.name, _files.read_json(path / "config.json", RunFileError)
+        content = _files.read_json(path / "config.json", RunFileError)
+        if not isinstance(content, dict):
+            raise RunFileError(f"{path / 'config.json'} must be an object with the network's sizes, not {content!r}.")
+        return path.name, content
     if not path.exists():
         hint = f" Do you mean --preset {source}?" if source in PRESETS else ""
         raise RunFileError(f"There is no run file or model {source}.{hint}")
@@ -61,15 +66,15 @@ def summary_table(
     Raises:
         ValueError: an unknown method, optimizer or dtype, a network whose sizes cannot be counted.
     """
-    options = options or {}
+    options = {method_key(name): own for name, own in (options or {}).items()}
     given: dict[str, Any] = {"optimizer": optimizer, "dtype": dtype, "labels": labels}
     summarise(network, "full", **given)  # what is wrong for all of them is an error, not a row
     rows = []
     for method in list(methods) or METHOD_NAMES:
         try:
-            rows.append(_row(summarise(network, method, options.get(method), **given)))
+            rows.append(_row(summarise(network, method, options.get(method_key(method)), **given)))
         except ValueError as error:
-            if method.lower() not in METHOD_NAMES or method in options:
+            if method_key(method) not in METHOD_NAMES or method_key(method) in options:
                 raise
             rows.append({"method": method, **dict.fromkeys(_COLUMNS, ""), "trains": f"does not apply: {error}"})
     return rows

@@ -1,5 +1,6 @@
 """The picture of a comparison: quality against the share of the parameters that train."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     less = result["quality"] == "perplexity"
     axes.set_ylabel("held-out perplexity (less is better)" if less else f"held-out {result['quality']} (%)")
     seeds = len(result["seeds"])
-    axes.set_title(f"{Path(result['model']).name}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
+    axes.set_title(f"{Path(os.path.abspath(result['model'])).name}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
     figure.tight_layout()
     _label(figure, axes, points)
     with _files.whole_file(path) as temporary:

@@ -1,12 +1,13 @@
 """What a comparison consists of: its rows, what their runs have in common, and all that is wrong with it at once."""
 
-import difflib
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from mindpet._near import near
 from mindpet.delta.registry import METHODS, method_named
 from mindpet.train import run
 from mindpet.train.comparison.cells import Cell
@@ -21,13 +22,15 @@ class Plan:
     """What a comparison consists of.
 
     Attributes:
-        config: the run file.
+        config: the run file, its paths made absolute.
+        given: the run file as it stands.
         directory: where everything goes.
         variants: name of each row to what its runs have in common.
         seeds: one run for each.
     """
 
     config: RunConfig
+    given: RunConfig
     directory: Path
     variants: dict[str, RunConfig]
     seeds: list[int]
@@ -46,6 +49,19 @@ class Plan:
             place = f"search/rate-{rate:g}"
             cells.append(self._cell(name, f"rate {rate:g}", place, config, self.config.train.seed))
         return cells
+
+    def as_given(self, text: str) -> str:
+        """A text with this run file's paths as the run file has them: a published table says nothing of a machine."""
+        pairs = {self.config.model.path: self.given.model.path}
+        pairs[self.config.output.directory] = self.given.output.directory
+        pairs[self.config.data.train] = self.given.data.train
+        if self.config.data.test and self.given.data.test:
+            pairs[self.config.data.test] = self.given.data.test
+        for absolute, given in sorted(pairs.items(), key=lambda pair: -len(pair[0])):  # the inner ones first
+            if not Path(given).is_absolute():
+                parts = re.split(rf"(?<![\w./-]){re.escape(absolute)}(?![\w-])", text)
+                text = given.rstrip("/").join(parts)
+        return text
 
     def with_changes(self, names: list[str], **sections: dict[str, Any]) -> "Plan":
         """The plan with other values in those rows."""
@@ -77,10 +93,8 @@ def variant_named(word: str) -> str:
     aliases = {alias: one.name for one in METHODS.values() for alias in (one.name, *one.aliases)}
     known = [*METHODS, "full", R_DROP, *(f"{name}+{R_DROP}" for name in METHODS)]
     if (plus and more != R_DROP) or (plus and method == R_DROP) or method not in {*aliases, "full", R_DROP}:
-        near = difflib.get_close_matches(word.strip().lower(), known, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        listed = ", ".join([*METHODS, "full"])
-        raise ValueError(f"there is no {word!r}: the methods are {listed}, each also with +{R_DROP}{hint}")
+        listed = ", ".join([*METHODS, "full"]) + f", each also with +{R_DROP}"
+        raise ValueError(f"there is no {word!r}: the methods are {listed}{near(word.strip(), known)}")
     if method in ("full", R_DROP):
         return R_DROP if plus or method == R_DROP else "full"
     return aliases[method] + plus + more
@@ -98,7 +112,7 @@ def make_plan(config: RunConfig, methods: list[str] | None = None, seeds: list[i
     for word, values in section.settings.items():
         for name in _names([word], "compare.settings", problems):
             settings.setdefault(name, {}).update(values)
-    config = run.with_absolute_paths(config)
+    given, config = config, run.with_absolute_paths(config)
     checked = {name: _variant(config, name, settings, problems) for name in dict.fromkeys([*names, *settings])}
     chosen = list(dict.fromkeys(section.seeds if seeds is None else seeds))
     problems += [f"seeds: {seed} is not from 0 to 2**32 - 1" for seed in chosen if not 0 <= seed < 2**32]
@@ -107,7 +121,7 @@ def make_plan(config: RunConfig, methods: list[str] | None = None, seeds: list[i
     if problems:
         problems = list(dict.fromkeys(problems))
         raise RunFileError(f"{len(problems)} problem{'s' * (len(problems) > 1)}:\n  " + "\n  ".join(problems))
-    return Plan(config, Path(config.output.directory), {name: checked[name] for name in names}, chosen)
+    return Plan(config, given, Path(config.output.directory), {name: checked[name] for name in names}, chosen)
 
 
 def _names(words: list[str], where: str, problems: list[str]) -> list[str]:

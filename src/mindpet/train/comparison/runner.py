@@ -84,11 +84,13 @@ class CellRunner:
         after: is called whenever a cell has ended.
 
     Attributes:
+        redo: cells to begin anew although they are finished.
         failures: the last lines of each cell that failed.
     """
 
     def __init__(self, jobs: int, total: int, watcher: Watcher, after: Callable[[], Any] = lambda: None):
         self.jobs, self.total, self.watcher, self.after = jobs, total, watcher, after
+        self.redo: set[Cell] = set()
         self.failures: dict[Cell, str] = {}
         self.done = 0
         self.seconds: dict[str, list[float]] = {}
@@ -100,10 +102,10 @@ class CellRunner:
             Interrupted: on SIGINT or SIGTERM, after the running cells have saved.
         """
         waiting, running = list(cells), list[_Process]()
-        try:
-            with _term_as_interrupt():
-                while waiting or running:
-                    while waiting and len(running) < self.jobs:
+        with _wishes_to_stop() as wishes:
+            try:
+                while (waiting or running) and not wishes:
+                    while waiting and len(running) < self.jobs and not wishes:
                         process = self._start(waiting.pop(0))
                         running += [process] if process else []
                     if running:
@@ -112,36 +114,34 @@ class CellRunner:
                         running.remove(process)
                         self._ended(process)
                     self._show(running, waiting)
-        except KeyboardInterrupt as wish:
-            self._interrupt(running, signal.SIGINT if isinstance(wish, _Terminated) else signal.SIGTERM)
+                if wishes:
+                    self._interrupt(running, wishes)
+            finally:
+                for one in running:  # none is left, unless something here went wrong
+                    one.process.terminate()
+        if wishes:
             raise Interrupted(
                 f"Stopped; {self.done} of {self.total} cells are done, the rest is saved. The same command goes on."
-            ) from None
-        finally:
-            for one in running:  # none is left, unless something here went wrong
-                one.process.terminate()
+            )
 
     def _start(self, cell: Cell) -> _Process | None:
-        refusal = cell.refusal()
-        if refusal or cell.report() is not None:
-            self.watcher.message(f"{cell}: " + ("does not apply." if refusal else "is finished already."))
-            self._count(cell)
-            return None
         lock = _lock(cell.directory)
         if lock is None:
             self.watcher.message(f"{cell}: another process runs it at this moment; left to that one.")
             self.done += 1
             return None
-        if cell.can_resume():
-            how = "going on from its last save"
-        else:
-            changes = cell.changes() if (cell.directory / "run.yaml").is_file() else []
-            how = "done anew, settings have changed (" + "; ".join(changes) + ")" if changes else "begins"
-        self.watcher.message(f"{cell}: {how} ({self.done + 1} of {self.total}).")
         try:
+            if cell in self.redo:
+                cell.forget()
+            refusal = cell.refusal()
+            if refusal or cell.report() is not None:
+                self.watcher.message(f"{cell}: " + ("does not apply." if refusal else "is finished already."))
+                self._count(cell)
+                return None
+            self.watcher.message(f"{cell}: {_beginning(cell)} ({self.done + 1} of {self.total}).")
             return _Process(cell, self.jobs, lock)
         finally:
-            os.close(lock)  # the process has it now
+            os.close(lock)  # the process has it now, if there is one
 
     def _ended(self, process: _Process) -> None:
         cell, status = process.cell, process.process.returncode
@@ -150,7 +150,7 @@ class CellRunner:
             after = (cell.report() or {}).get("after", {})
             words = ", ".join(f"{key} {value:.4g}" for key, value in after.items())
             self.watcher.message(f"{cell}: done in {time.monotonic() - process.begun:.0f} s. {words}")
-        elif status == NothingFitsError.exit_code and not cell.config.method.options.get("targets"):
+        elif status == NothingFitsError.exit_code and cell.config.method.options.get("targets") is None:
             reason = process.last_lines()
             cell.refuse(reason)
             self.watcher.message(f"{cell}: the method does not apply to this network:\n{reason}")
@@ -188,7 +188,7 @@ class CellRunner:
         beyond = max(0, later - len(waiting)) * statistics.median(known)
         self.watcher.overall(self.done, self.total, (left + sum(per_cell) + beyond) / self.jobs)
 
-    def _interrupt(self, running: list[_Process], number: signal.Signals) -> None:
+    def _interrupt(self, running: list[_Process], wishes: list[int]) -> None:
         """Have the running cells save and end; a second interruption ends them at once.
 
         They may have the signal already, when it went to the whole group, and end at once when they get the same one
@@ -196,35 +196,37 @@ class CellRunner:
         """
         self.watcher.message("Stopping: the running cells finish their step and save...")
         for one in running:
-            one.process.send_signal(number)
+            one.process.send_signal(signal.SIGINT if wishes[0] == signal.SIGTERM else signal.SIGTERM)
         end = time.monotonic() + _PATIENCE
-        try:
-            for one in running:
-                one.process.wait(max(0.1, end - time.monotonic()))
-        except (KeyboardInterrupt, subprocess.TimeoutExpired):
-            for one in running:
-                one.process.kill()
-                one.process.wait()
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which is treated as Ctrl-C is."""
+        while any(one.process.poll() is None for one in running) and len(wishes) == 1 and time.monotonic() < end:
+            time.sleep(0.1)
+        for one in running:
+            one.process.kill()  # does nothing to those that have ended
+            one.process.wait()
 
 
 @contextmanager
-def _term_as_interrupt() -> Iterator[None]:
+def _wishes_to_stop() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, in a list: an exception could come when a process has begun but has no name."""
+    wishes: list[int] = []
     if threading.current_thread() is not threading.main_thread():
-        yield
+        yield wishes
         return
-
-    def handle(number: int, frame: Any) -> None:
-        raise _Terminated
-
-    previous = signal.signal(signal.SIGTERM, handle)
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: wishes.append(number)) for number in numbers]
     try:
-        yield
+        yield wishes
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)
+
+
+def _beginning(cell: Cell) -> str:
+    """What the run does first."""
+    if cell.can_resume():
+        return "going on from its last save"
+    changes = cell.changes() if (cell.directory / "run.yaml").is_file() else []
+    return "done anew, settings have changed (" + "; ".join(changes) + ")" if changes else "begins"
 
 
 def _lock(directory: Path) -> int | None:

@@ -12,14 +12,25 @@ from mindpet.train.config import RunFileError
 SEARCH_FILE = "search.json"
 
 
-def judge(directory: Path, cells: list[Cell], runner: CellRunner, watcher: Watcher) -> None:
-    """Write down which rate of a search was the best on the validation rows; none when all of them failed."""
+def judge(directory: Path, cells: list[Cell], runner: CellRunner, watcher: Watcher) -> bool:
+    """Write down which rate of a search was the best on the validation rows; none when all of them failed.
+
+    Returns:
+        False, with nothing written, as long as another process runs one of the cells: a part of a grid is no search.
+    """
+    reports = [cell.report() for cell in cells]
+    failed = [runner.failures.get(cell) or cell.refusal() for cell in cells]
+    if not all(report or words for report, words in zip(reports, failed)):
+        watcher.message(
+            f"{cells[0].variant}: its search is not finished; another process is at it. Its runs wait for that."
+        )
+        return False
     candidates, found = [], list[tuple[float, float, float]]()
-    for cell in cells:
-        report, rate = cell.report(), cell.config.train.learning_rate or 0.0
+    rates = [cell.config.train.learning_rate or 0.0 for cell in cells]
+    for rate, report, words in zip(rates, reports, failed):
         entry: dict[str, Any] = {"learning_rate": rate}
         if report is None:
-            entry["failed"] = runner.failures.get(cell, cell.refusal() or "not finished")
+            entry["failed"] = words
         else:
             key, value, sign = quality_of(report)
             entry[key] = value
@@ -27,10 +38,9 @@ def judge(directory: Path, cells: list[Cell], runner: CellRunner, watcher: Watch
             found.append((sign * value, -loss, rate))  # of equals the lower loss
         candidates.append(entry)
     if not found:
-        return
+        return True
     for cell in cells:
         runner.failures.pop(cell, None)  # a rate that is too high is an answer, too
-    rates = [cell.config.train.learning_rate or 0.0 for cell in cells]
     chosen = max(found)[2]
     at_edge = len(rates) > 1 and chosen in (min(rates), max(rates))
     _files.write_json(
@@ -46,6 +56,7 @@ def judge(directory: Path, cells: list[Cell], runner: CellRunner, watcher: Watch
     )
     edge = " It is at the edge of the grid: a wider compare.grid may hold a better one." if at_edge else ""
     watcher.message(f"{cells[0].variant}: the best learning rate on the validation rows is {chosen:g}.{edge}")
+    return True
 
 
 def recorded_rate(directory: Path, cells: list[Cell]) -> float | None:

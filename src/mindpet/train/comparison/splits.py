@@ -9,7 +9,7 @@ from mindpet import _files
 from mindpet.models.pretrained import family_of
 from mindpet.train.comparison.cells import Watcher
 from mindpet.train.comparison.plan import Plan
-from mindpet.train.data import Rows, split_rows
+from mindpet.train.data import DataError, Rows, overlapping, split_rows
 from mindpet.train.fit import Reporter
 from mindpet.train.language import is_plain, split_texts
 from mindpet.train.prepare import prepare_rows
@@ -23,7 +23,11 @@ def write_splits(plan: Plan, watcher: Watcher, for_search: bool = True) -> tuple
 
     Returns:
         Values of the section ``data`` for the runs of the table, and for those of a search, if it is for one: the
-        training rows split once more. So no row that is held out for the table is among the latter.
+        training rows split once more, without those whose text is held out. So no text that is held out for the table
+        is among the latter, whatever ``data.overlap`` says.
+
+    Raises:
+        DataError: the data cannot be used.
     """
     data, task = plan.config.data, family_of(plan.config.model.path).task
     train, test = prepare_rows(plan.config, task, _Messages(watcher))
@@ -39,6 +43,12 @@ def write_splits(plan: Plan, watcher: Watcher, for_search: bool = True) -> tuple
     }
     if not for_search:
         return {**keys, **paths}, None
+    shared = set(overlapping(train, test))  # data.overlap=keep is about the table; what is searched on is not scored on
+    if shared:
+        watcher.message(f"{len(shared)} of the former are also held out; the search leaves them out.")
+        train = train.take([index for index in range(len(train)) if index not in shared])
+    if not len(train):
+        raise DataError("Every training row is also held out: nothing is left to search a learning rate on.")
     fit, validation = split(train, plan.config.compare.validation, plan.config.train.seed)
     watcher.message(f"A search trains on {len(fit)} of the former and judges on the other {len(validation)}.")
     parts = {

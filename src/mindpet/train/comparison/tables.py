@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import statistics
+from collections.abc import Callable
 from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
@@ -40,7 +41,7 @@ def collect(plan: Plan, searched: set[str], jobs: int, failures: dict[str, str])
         if row["mean"] is not None and full is not None:
             points = 100 * (row["mean"] - full) if quality == "accuracy" else 100 * (row["mean"] / full - 1)
             row["gap_to_full"] = points
-    return {
+    result = {
         "quality": quality,
         "model": plan.config.model.path,
         "seeds": plan.seeds,
@@ -52,6 +53,16 @@ def collect(plan: Plan, searched: set[str], jobs: int, failures: dict[str, str])
         "run_file": plan.config.model_dump(),
         "failures": failures,
     }
+    return _strings_changed(result, plan.as_given)
+
+
+def _strings_changed(value: Any, change: Callable[[str], str]) -> Any:
+    """The same lists and dictionaries with every text in them changed; not their keys."""
+    if isinstance(value, dict):
+        return {key: _strings_changed(one, change) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strings_changed(one, change) for one in value]
+    return change(value) if isinstance(value, str) else value
 
 
 def _row(name: str, config: RunConfig, cells: list[Cell], failures: dict[str, str]) -> dict[str, Any]:
@@ -213,7 +224,7 @@ def as_markdown(result: dict[str, Any]) -> str:
     machine = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in result["versions"].items())
     lines = [
-        f"# Comparison on {Path(result['model']).name}",
+        f"# Comparison on {Path(os.path.abspath(result['model'])).name}",
         "",
         f"Model `{result['model']}`, data `{data['train']}`, seeds {', '.join(map(str, result['seeds']))}. "
         f"Trained on {_rows_in_words(result)}. {machine['processor']}, {machine['cores']} cores, {result['jobs']} run"
