@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from mindpet.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM, PretrainedFilesError
+from mindpet.models.families import FAMILIES
 from mindpet.models.loading import read_tensors
 from mindpet.models.pretrained import family_of
 from tests.models import test_gguf
@@ -62,7 +63,8 @@ def test_an_array_longer_than_its_file_does_not_take_all_memory(tmp_path, kind):
     counts = (0).to_bytes(8, "little") + (1).to_bytes(8, "little")
     (tmp_path / "tiny.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + counts + array + bytes(40))
     assert (tmp_path / "tiny.gguf").stat().st_size < 100
-    assert "cannot be read as GGUF, or ends too early: it has 9" in refusal(tmp_path / "tiny.gguf", "llama")
+    said = refusal(tmp_path / "tiny.gguf", "llama")
+    assert "cannot be read as GGUF, or ends too early: it has 89 bytes" in said
 
 
 def test_arrays_within_arrays_without_end_are_refused(tmp_path):
@@ -102,7 +104,7 @@ ABSURD = [
     ("bert", {"vocab_size": 10**10}, r"word_embeddings\.weight is \(40, 16\) in the files, \(10000000000, 16\) here"),
     ("bert", {"max_position_embeddings": 10**10}, r"position_embeddings\.weight is \(32, 16\)"),
     ("bert", {"type_vocab_size": 10**10}, r"token_type_embeddings\.weight is \(2, 16\)"),
-    ("llama", {"num_hidden_layers": 10**7}, r"missing in the files: model\.layers\.2\.self_attn.*10000000 are expected"),
+    ("llama", {"num_hidden_layers": 10**7}, r"missing in the files: model\.layers\.2\.self_attn.*10000000 are"),
     ("llama", {"intermediate_size": 10**9}, r"mlp\.up_proj\.weight is \(24, 16\)"),
     ("llama", {"hidden_size": 4 * 10**9}, r"embed_tokens\.weight is \(31, 16\)"),
     ("llama", {"vocab_size": 10**10}, r"embed_tokens\.weight is \(31, 16\)"),
@@ -144,7 +146,7 @@ def test_a_layer_number_of_absurd_length_is_no_layer(tmp_path):
         LlamaForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("content", [[], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": None}, 3], ids=str)
+@pytest.mark.parametrize("content", [[], 3, *({"weight_map": table} for table in ([], {"a": 1}, None))], ids=str)
 def test_an_index_of_another_kind_is_refused(tmp_path, content):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(content))
     with pytest.raises(PretrainedFilesError, match="'weight_map' names a file for each tensor"):
@@ -163,13 +165,13 @@ def test_a_model_type_of_another_kind_is_refused(tmp_path, kind):
 def test_no_value_in_a_configuration_gives_another_error(tmp_path, kind, value):
     directory_of(kind, tmp_path, {})
     sizes = json.loads((tmp_path / "config.json").read_text())
-    for key in TINY[kind][0].config_class.__dataclass_fields__ if kind != "bert" else _bert_keys():
+    for key in FAMILIES[kind].config.__dataclass_fields__:
         (tmp_path / "config.json").write_text(json.dumps({**sizes, key: value}))
         try:
             TINY[kind][0].from_pretrained(tmp_path)
         except PretrainedFilesError:
             continue
-        assert (kind, key, value) in READABLE or key == "initializer_range"
+        assert key == "initializer_range" or (kind, key, value) in READABLE
 
 
 # in the eyes of Python -1 is a number, and true is a boolean where one is meant
@@ -179,9 +181,3 @@ READABLE = {
     *((kind, key, -1) for kind, key in (("bert", "layer_norm_eps"), ("gpt2", "layer_norm_epsilon"))),
     ("gpt2", "tie_word_embeddings", True),
 }
-
-
-def _bert_keys():
-    from mindpet.models import BertConfig
-
-    return BertConfig.__dataclass_fields__

@@ -406,6 +406,9 @@ def test_from_one_format_to_the_other(runs, tuned, tmp_path):
 def test_what_the_strategy_file_says_nothing_of_is_left_out(runs, tuned, tmp_path):
     """MindSpore's own tools pass frozen weights on as they are on some rank: a slice for the whole."""
     source = runs[8].save(tmp_path / "tuned", tuned, everything=True)
+    path = in_order_of_rank(source)[3]
+    own = {**ms.load_checkpoint(path), "of_rank_3": ms.Tensor(np.ones(2, np.float32))}
+    ms.save_checkpoint([{"name": name, "data": value} for name, value in own.items()], path)
     (whole,) = transform_delta_checkpoints(source, tmp_path / "whole", strategy=runs[8].strategy)
     names = set(content(whole)[0])
     assert names > TRAINED

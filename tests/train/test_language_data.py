@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 
-from mindpet.models.generation import end_tokens
 from mindpet.models.pretrained import open_pretrained
+from mindpet.models.text_pieces import end_tokens
 from mindpet.train.config import DataSection
 from mindpet.train.data import DataError, Rows
 from mindpet.train.language import Codec, encode_texts, pack, read_texts, split_texts

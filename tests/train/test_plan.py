@@ -1,6 +1,7 @@
 """Plans: what is in memory, what is sent, what fits, and strategies that are those of built layers."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 from mindspore import nn
 from mindspore.nn.utils import no_init_parameters
+from typer.testing import CliRunner
 
+from mindpet.cli.app import app
 from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, method_named
 from mindpet.graph import inject
 from mindpet.models.families import FAMILIES
@@ -17,8 +20,8 @@ from mindpet.parallel import ParallelConfig, strategies
 from mindpet.train.activations import Cutting, LayerSizes, Trained, at_the_turn, index_lists, kept_in_layer
 from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import strategies_of
-from mindpet.train.plan import amount, largest_batch, plan
-from mindpet.train.plan_answer import markdown_table, planned
+from mindpet.train.plan import plan
+from mindpet.train.plan_answer import amount, largest_batch, markdown_table, planned
 from mindpet.train.presets import PRESETS, CellSizes
 from mindpet.train.summary import summarise
 
@@ -77,9 +80,12 @@ def test_the_turn_is_the_loss_or_the_last_block():
 
 def test_lists_of_cpu_operators():
     """As counted in MindSpore: BERT has 8 transposes of (rows, hidden); LLaMA also turns queries and keys."""
-    assert index_lists(BERT, 16, 128, True) == 8 * 8 * 2048 * 96
-    assert index_lists(LLAMA, 16, 128, True) == 8 * 2048 * (4 * 96 + 4 * 48 + 8 * 96 + 8 * 48)
-    assert index_lists(BERT, 16, 128, False) - index_lists(BERT, 16, 128, True) == 8 * 4 * 2048 * (4 * 128 + 320)
+    rows = 16 * 128
+    assert index_lists(BERT, 2, 16, 128, True) == 8 * (2 * 8 + 6) * rows * 96
+    in_layer = index_lists(LLAMA, 3, 16, 128, True) - index_lists(LLAMA, 2, 16, 128, True)
+    assert in_layer == 8 * rows * (4 * 96 + 4 * 48 + 8 * 96 + 8 * 48)
+    own, ours = (index_lists(BERT, 1, 16, 128, kernels) for kernels in (False, True))
+    assert own - ours == 8 * 4 * rows * (4 * 128 + 320)
 
 
 @pytest.mark.parametrize("cut", ["rows", "columns"])
@@ -205,6 +211,8 @@ def test_everything_wrong_is_said_at_once():
         ({"batch": 0}, "'batch' must be a positive int, but is 0"),
         ({"devices": 8, "data_parallel": 3}, "devices=8 is not data_parallel=3"),
         ({"network": "bert-base-chinese", "seq": 600}, "600 tokens are more than the 512 positions"),
+        ({"network": "gpt2", "seq": 1025}, "1025 tokens are more than the 1024 positions"),
+        ({"network": {"model_type": "t5"}}, "'model_type' must be one of"),
         ({"amounts": {**AMOUNTS, "memory": "32Gb"}}, "'memory' must be .* '32Gb'; did you mean 'GB'"),
         ({"amounts": {**AMOUNTS, "speed": "fast"}}, "'speed' must be a positive number"),
         ({"optimizer": "adm"}, "did you mean 'adam'"),
@@ -236,6 +244,29 @@ def test_the_command_answers_without_mindspore():
     assert done.returncode == 0, done.stderr
     assert "largest batch in 32 GB" in done.stdout
     assert re.search(r'"strategy_lora_b_matmul": \(\(2, 1\), \(4, 1\)\)', done.stdout)
+
+
+def test_the_command_says_everything_that_is_wrong_at_once():
+    done = CliRunner().invoke(app, ["plan", "--preset", "glm-6b", "--devices", "7", "--batch", "9", "--memory", "32gb"])
+    assert done.exit_code == 1
+    assert "did you mean 'GB'" in done.output
+    assert "did you mean 'glm2-6b'" in done.output
+    assert "batch=9 cannot be cut into data_parallel=7 equal parts" in done.output
+
+
+def test_a_plan_of_a_run_file_takes_its_method(tmp_path):
+    content = {"model_type": "bert", **TINY["bert"]}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    run_file = tmp_path / "run.yaml"
+    run_file.write_text(
+        f"model: {{path: {tmp_path}}}\nmethod: {{name: adapter, size: 4}}\ndata: {{train: x.jsonl, max_length: 12}}\n"
+    )
+    done = CliRunner().invoke(app, ["plan", str(run_file)])
+    assert done.exit_code == 0, done.output
+    assert "32 x 12 tokens" in done.output  # train.batch_size and data.max_length
+    trained = summarise(content, "adapter", {"size": 4}).trained
+    assert re.search(rf"trains, on all devices together +{trained:,} of", done.output)
+    assert "peak of a process on a CPU" in done.output
 
 
 def test_the_table_in_the_documentation_is_the_present_one():

@@ -386,8 +386,12 @@ def plan(
     cut: Annotated[
         str | None, typer.Option(metavar="rows|columns", help="All layers alike; by turns when not given.")
     ] = None,
-    batch: Annotated[int, typer.Option(help="Samples in a step, all devices together.")] = 8,
-    seq: Annotated[int | None, typer.Option(help="Tokens in each sample.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Samples in a step, all devices together; the run file's, or 8.")
+    ] = None,
+    seq: Annotated[
+        int | None, typer.Option(help="Tokens in each sample; the run file's, or 2048 or as many as there can be.")
+    ] = None,
     optimizer: Annotated[str | None, typer.Option(help="adam, adamw or sgd (with momentum).")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of weights and activations: float32 or float16.")] = None,
     memory: Annotated[str, typer.Option(help="Of a device.")] = "32GB",
@@ -404,7 +408,7 @@ def plan(
 
       mindpet plan --preset llama3-70b --devices 16 --model-parallel 8 --dtype float16 --memory 64GB
 
-      mindpet plan run.yaml --batch 32 --seq 128
+      mindpet plan run.yaml --devices 2
     """
     with _readable_errors():
         from mindpet.cli.plan_screen import print_plan
@@ -416,11 +420,14 @@ def plan(
         if source is not None and source.endswith((".yaml", ".yml")):
             config = load_run(Path(source))
             source, optimizer = config.model.path, optimizer or config.train.optimizer
+            batch = config.train.batch_size if batch is None else batch
+            seq = config.data.max_length if seq is None else seq
             if method in (None, config.method.name):
                 method, options = config.method.name, config.method.options
-        title, content = sizes_of(source, preset)
+        by_name = source is None and preset is not None  # then what is wrong with it is said with all else
+        title, network = (str(preset), preset) if by_name else sizes_of(source, preset)
         found = planned(
-            preset if preset is not None else content,
+            network or "",
             method or "lora",
             options,
             amounts={"memory": memory, "bandwidth": bandwidth, "speed": speed},
@@ -428,7 +435,7 @@ def plan(
             data_parallel=data_parallel,
             model_parallel=model_parallel,
             cut=cut,
-            batch=batch,
+            batch=8 if batch is None else batch,
             seq=seq,
             optimizer=optimizer or "adam",
             dtype=dtype,

@@ -15,7 +15,10 @@ def print_plan(title: str, found: Answer) -> None:
     ways = f"data_parallel={plan.data_parallel} x model_parallel={plan.model_parallel}"
     many = f"{plan.devices} device{'s' * (plan.devices > 1)}"
     console.print(
-        Text(f"{title}, {plan.summary.method}, {plan.summary.dtype}: {many} ({ways}), {plan.batch} x {plan.seq} tokens")
+        Text(
+            f"{title}, {plan.summary.method}, {plan.summary.dtype}: {many} ({ways}), {plan.batch} x {plan.seq} tokens"
+        ),
+        soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD, pad_edge=False, show_header=False)
     table.add_column()

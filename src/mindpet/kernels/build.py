@@ -58,7 +58,7 @@ def _warn(reason: str) -> None:
 
 
 def library() -> Path:
-    """The compiled library. It is looked for once in a process, the device is asked for each time.
+    """The compiled library. It is looked for once in a process; the device is asked for each time.
 
     Raises:
         KernelsUnavailable: another device than a CPU, no compiler, a compilation or a cache directory that fails.

@@ -15,9 +15,8 @@ from mindpet.kernels import operators
 class _Fast:
     """A Cell with a kernel for some inputs and MindSpore's operators for the rest."""
 
-    fp16 = bf16 = (
-        False  # flags that `to_float` sets: in PyNative mode it casts what goes into operators, not into Cells
-    )
+    # Flags that `to_float` sets: in PyNative mode it casts what goes into operators, not what goes into Cells.
+    fp16 = bf16 = False
 
     def takes(self, x):
         """Whether the kernel can take this Tensor; a graph must know its shape when it is compiled."""

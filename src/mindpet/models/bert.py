@@ -19,7 +19,7 @@ from mindspore.nn.utils import no_init_parameters
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.models.attention import MaskedSoftmax, after_prefix
-from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
+from mindpet.models.loading import LoadReport, Outline, PretrainedFilesError, load_tensors, require_outline
 
 _ACTIVATIONS = {
     "gelu": lambda: nn.GELU(approximate=False),
@@ -47,8 +47,12 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
 
     def __post_init__(self):
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
+        for name in (*sizes, "max_position_embeddings", "type_vocab_size"):
             _checks.positive_int("BertConfig", name, getattr(self, name))
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"):
+            _checks.rate("BertConfig", name, getattr(self, name), allow_int=True)
+        _checks.non_zero_number("BertConfig", "layer_norm_eps", self.layer_norm_eps)
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(
                 f"For 'BertConfig', 'hidden_size' ({self.hidden_size}) must be a multiple of 'num_attention_heads' "
@@ -82,6 +86,17 @@ class BertConfig:
             return cls(**{key: value for key, value in content.items() if key in known})
         except (TypeError, ValueError) as error:
             raise PretrainedFilesError(f"{source}: {error}") from error
+
+    def outline(self) -> Outline:
+        """What these sizes mean for the files."""
+        hidden, layer, embeddings = self.hidden_size, "bert.encoder.layer.", "bert.embeddings."
+        shapes = {
+            f"{embeddings}word_embeddings.weight": (self.vocab_size, hidden),
+            f"{embeddings}position_embeddings.weight": (self.max_position_embeddings, hidden),
+            f"{embeddings}token_type_embeddings.weight": (self.type_vocab_size, hidden),
+            f"{layer}0.intermediate.dense.weight": (self.intermediate_size, hidden),
+        }
+        return Outline(layer, self.num_hidden_layers, shapes)
 
 
 class BertEmbeddings(nn.Cell):
@@ -302,6 +317,7 @@ class BertForSequenceClassification(nn.Cell):
         pretrained = open_pretrained(directory)
         config = dataclasses.replace(BertConfig.from_content(pretrained.config, str(directory)), **changes)
         tensors = pretrained.tensors()
+        require_outline(cls.__name__, config.outline(), tensors, "bert.")
         with no_init_parameters():  # random numbers for a large table take longer than reading it
             network = cls(config, num_labels, pooling)
         report = load_tensors(network, tensors, "bert.", optional=("classifier.", "bert.pooler."))

@@ -124,6 +124,8 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         ids = np.pad(ids, ((0, 0), (missing, 0)))
         positions = np.pad(positions, ((0, 0), (missing, 0)), constant_values=cache.capacity - 1)
     step = network.step_cell()
+    if step.training != network.training:  # it is around the network, which knows nothing of it
+        step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
         logits = step(*piece, *cache.buffers)
@@ -137,9 +139,10 @@ def _prefix_of(network: "CausalLanguageModel") -> list[list[np.ndarray]]:
     if not hasattr(slot, "delta_method"):
         return []
     training = slot.training
-    pairs = [[part.asnumpy() for part in pair] for pair in slot.set_train(False)()]
-    slot.set_train(training)
-    return pairs
+    try:
+        return [[part.asnumpy() for part in pair] for pair in slot.set_train(False)()]
+    finally:
+        slot.set_train(training)
 
 
 def _new_buffers(network: "CausalLanguageModel", batch: int, capacity: int) -> tuple[Parameter, ...]:

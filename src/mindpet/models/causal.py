@@ -15,7 +15,7 @@ from mindspore.common.initializer import Normal
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.models.attention import after_prefix
 from mindpet.models.cache import KeyValueCache, Step, advance
-from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors
+from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors, require_outline
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -61,6 +61,7 @@ class CausalLanguageModel(nn.Cell):
             tensors.pop("lm_head.weight", None)  # the embedding once more
         for name in [name for name in tensors if cls.not_weights and name.endswith(cls.not_weights)]:
             del tensors[name]
+        require_outline(cls.__name__, config.outline(), tensors, cls.base_prefix)
         network = cls(dataclasses.replace(config, initializer_range=0.0))  # random numbers take long, and are not used
         network.config = config
         return network, load_tensors(network, tensors, cls.base_prefix)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mindpet.models.loading import PretrainedFilesError
+from mindpet.models.loading import PretrainedFilesError, overlaps
 
 MAGIC = b"E5S1"
 BLOCK = np.dtype([("scale", "<f2"), ("halves", "u1", 16)])  # 32 weights
@@ -197,6 +197,8 @@ def _directory(reader: _Reader, sizes: Sizes) -> list[Stored]:
         elif offset < reader.at or offset + nbytes > len(reader.data):
             problems.append(f"{own} lies at {offset} to {offset + nbytes}, and the file has {len(reader.data)} bytes")
         tensors.append(stored)
+    own_names = {name: own for own, (name, _) in _expected(sizes).items()}
+    problems += overlaps((own_names[stored.name], stored.offset, stored.nbytes) for stored in tensors)
     if problems:
         raise PretrainedFilesError(f"{reader.path} is cut off or broken:\n  " + "\n  ".join(problems))
     return tensors

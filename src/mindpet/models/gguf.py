@@ -4,6 +4,7 @@ The rows of the query and key projections are stored in the order of interleaved
 turn halves, as Hugging Face's do, so they are put back.
 """
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mindpet import _checks
-from mindpet.models.loading import PretrainedFilesError
+from mindpet.models.loading import PretrainedFilesError, overlaps
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 MAGIC = b"GGUF"
 _SPECIAL, _ADDED = 3, 4  # token types
 # what parsing and dequantising a broken file raises
-_BROKEN = (ValueError, TypeError, KeyError, IndexError, ArithmeticError, OSError, MemoryError)
+_BROKEN = (ValueError, TypeError, KeyError, IndexError, ArithmeticError, OSError, MemoryError, RecursionError)
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _LAYER = {
     "attn_norm": "input_layernorm",
@@ -45,6 +46,11 @@ class _Stored:
     shape: tuple[int, ...]  # of what is stored: rows of bytes for a quantised tensor
     dtype: np.dtype
     offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """What it takes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -137,7 +143,7 @@ def gguf_tensors(path: str | Path) -> dict[str, np.ndarray]:
     data, tensors = np.memmap(path, mode="r"), {}
     for name, stored in file.tensors.items():
         try:
-            raw = data[stored.offset : stored.offset + int(np.prod(stored.shape)) * stored.dtype.itemsize]
+            raw = data[stored.offset : stored.offset + stored.nbytes]
             value = dequantize(raw.view(stored.dtype).reshape(stored.shape), GGMLQuantizationType(stored.kind))
             value = np.ascontiguousarray(value, np.float32)
             count = next((heads[part] for part in heads if f".{part}." in name), None)
@@ -229,6 +235,19 @@ def _open(path: str | Path) -> _File:
     return _parsed(path, stat.st_mtime_ns, stat.st_size)
 
 
+def _bounded(reader: type) -> type:
+    """A reader that stops where the file does; the library's own goes on, as often as a number in the file says."""
+
+    class Bounded(reader):
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > len(self.data):
+                raise ValueError(f"it has {len(self.data)} bytes, and what byte {int(offset)} begins needs {end}")
+            return super()._get(offset, dtype, count, *more, **named)
+
+    return Bounded
+
+
 @lru_cache(maxsize=2)  # parsing a vocabulary takes seconds
 def _parsed(path: Path, changed: int, size: int) -> _File:
     try:
@@ -236,7 +255,7 @@ def _parsed(path: Path, changed: int, size: int) -> _File:
     except ImportError as error:
         raise ImportError("Reading GGUF files needs the package gguf: pip install 'mindpet[text]'.") from error
     try:
-        reader = GGUFReader(path)
+        reader = _bounded(GGUFReader)(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}
         tensors = {
             tensor.name: _Stored(int(tensor.tensor_type), tensor.data.shape, tensor.data.dtype, int(tensor.data_offset))
@@ -244,4 +263,7 @@ def _parsed(path: Path, changed: int, size: int) -> _File:
         }
     except _BROKEN as error:
         raise PretrainedFilesError(f"{path} cannot be read as GGUF, or ends too early: {error}") from error
+    shared = overlaps((name, stored.offset, stored.nbytes) for name, stored in tensors.items())
+    if shared:
+        raise PretrainedFilesError(f"{path} has tensors that overlap: {'; '.join(shared)}.")
     return _File(path, metadata, tensors)

@@ -16,7 +16,7 @@ from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.models.attention import MaskedSoftmax
 from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
-from mindpet.models.loading import PretrainedFilesError
+from mindpet.models.loading import Outline, PretrainedFilesError
 
 
 class GELUTanh(nn.Cell):
@@ -97,6 +97,16 @@ class GPT2Config:
             if content.get(key, plain) is not plain:
                 raise PretrainedFilesError(f"{source}: {key} is {content[key]!r}, but only {plain!r} is supported.")
         return read_config(cls, content, source, {entry.name for entry in dataclasses.fields(cls)}, "gpt2")
+
+    def outline(self) -> Outline:
+        """What these sizes mean for the files."""
+        hidden, layer = self.n_embd, "transformer.h."
+        shapes = {
+            "transformer.wte.weight": (self.vocab_size, hidden),
+            "transformer.wpe.weight": (self.n_positions, hidden),
+            f"{layer}0.mlp.c_fc.weight": (hidden, self.n_inner),
+        }
+        return Outline(layer, self.n_layer, shapes)
 
 
 class GPT2Attention(nn.Cell):

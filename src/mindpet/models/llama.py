@@ -18,7 +18,7 @@ from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.models.attention import MaskedSoftmax
 from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
-from mindpet.models.loading import PretrainedFilesError
+from mindpet.models.loading import Outline, PretrainedFilesError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +88,17 @@ class LlamaConfig:
         if "rope_theta" in rope:
             content = {"rope_theta": rope["rope_theta"], **content}
         return read_config(cls, content, source, {entry.name for entry in dataclasses.fields(cls)}, "llama")
+
+    def outline(self) -> Outline:
+        """What these sizes mean for the files."""
+        hidden, layer = self.hidden_size, "model.layers."
+        shapes = {
+            "model.embed_tokens.weight": (self.vocab_size, hidden),
+            f"{layer}0.self_attn.q_proj.weight": (self.num_attention_heads * self.head_dim, hidden),
+            f"{layer}0.self_attn.k_proj.weight": (self.num_key_value_heads * self.head_dim, hidden),
+            f"{layer}0.mlp.up_proj.weight": (self.intermediate_size, hidden),
+        }
+        return Outline(layer, self.num_hidden_layers, shapes)
 
 
 def _multiple(name: str, value: int, of_name: str, of: int) -> None:

@@ -1,7 +1,10 @@
 """Weights in Hugging Face's layout, read without torch: ``config.json`` and safetensors files in one directory."""
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -51,7 +54,13 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
     """
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        table = _files.read_json(index, PretrainedFilesError).get("weight_map", {})
+        content = _files.read_json(index, PretrainedFilesError)
+        table = content.get("weight_map", {}) if isinstance(content, dict) else None
+        if not isinstance(table, dict) or not all(isinstance(name, str) for name in table.values()):
+            raise PretrainedFilesError(
+                f"{index} must hold an object whose 'weight_map' names a file for each tensor, "
+                f"but has {_checks.shown(content if table is None else table)}."
+            )
         names = sorted(set(table.values()))
         if any(Path(name).name != name for name in names):
             raise PretrainedFilesError(f"{index} names a file outside its directory.")
@@ -111,6 +120,74 @@ def hugging_face_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class Outline:
+    """What the sizes in a configuration mean for the files.
+
+    Attributes:
+        layer: the beginning of the names of a layer's tensors, without its number: ``"model.layers."``.
+        layers: how many there are.
+        shapes: those of tensors, as the files have them, among which every other size is.
+    """
+
+    layer: str
+    layers: int
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+def require_outline(owner: str, outline: Outline, tensors: dict[str, np.ndarray], prefix: str) -> None:
+    """Hold sizes against the files before a network is built of them, since absurd ones take all memory or time.
+
+    Args:
+        owner: the network, for the message.
+        outline: what its configuration says.
+        tensors: by Hugging Face's names.
+        prefix: as for :func:`load_tensors`.
+
+    Raises:
+        PretrainedFilesError: a tensor or a layer is missing, or a shape differs.
+    """
+    bare, report = _is_bare(tensors, prefix), LoadReport()
+    for name, shape in outline.shapes.items():
+        own = name.removeprefix(prefix) if bare else name
+        if own not in tensors:
+            report.missing.append(name)
+        elif tensors[own].shape != shape:
+            report.misshaped[name] = (tensors[own].shape, shape)
+    begin = outline.layer.removeprefix(prefix) if bare else outline.layer
+    found = [match for name in tensors if (match := re.match(rf"{re.escape(begin)}(\d+)(\..*)", name))]
+    there = {match[1] for match in found}  # texts, since a number of absurd length is none
+    first = next((number for number in range(outline.layers) if str(number) not in there), None)
+    if first is not None:
+        parts = [match[2] for match in found if match[1] == "0"] or [""]
+        report.missing.extend(f"{outline.layer}{first}{part}" for part in parts)
+        report.missing.append(f"layers: {outline.layers} are expected, {len(there)} are there")
+    if report.missing or report.misshaped:
+        hints = "".join(_checks.near(name, tensors) for name in report.missing[:1])
+        raise PretrainedFilesError(f"The files do not fit a {owner}{hints}\n{report}")
+
+
+def overlaps(places: Iterable[tuple[str, int, int]]) -> list[str]:
+    """Which of (name, offset, bytes) begin before the one ahead of them ends, in words.
+
+    Tensors that share their bytes make a small file a large network.
+
+    >>> overlaps([("b", 6, 4), ("a", 0, 8), ("c", 10, 1)])
+    ['b at 6 begins within a, which ends at 8']
+    """
+    ordered = sorted(((offset, size, name) for name, offset, size in places if size), key=lambda place: place[:2])
+    return [
+        f"{name} at {offset} begins within {before}, which ends at {start + size}"
+        for (start, size, before), (offset, _, name) in pairwise(ordered)
+        if offset < start + size
+    ]
+
+
+def _is_bare(tensors: Iterable[str], prefix: str) -> bool:
+    """Whether all tensors leave out the prefix, as those of an encoder without a head do."""
+    return not any(name.startswith(prefix) for name in tensors)
+
+
 def load_tensors(
     network: nn.Cell, tensors: dict[str, np.ndarray], prefix: str, optional: tuple[str, ...] = ()
 ) -> LoadReport:
@@ -126,7 +203,7 @@ def load_tensors(
     Raises:
         PretrainedFilesError: a parameter that is not optional is missing, or a shape differs. Nothing is set then.
     """
-    bare = not any(name.startswith(prefix) for name in tensors)
+    bare = _is_bare(tensors, prefix)
     values, report, used = {}, LoadReport(), set()
     for parameter in network.get_parameters():
         wanted = hugging_face_name(parameter.name)

@@ -71,7 +71,7 @@ class Pretrained:
             PretrainedFilesError: one that is not here.
         """
         name = self.config.get("model_type", "bert")
-        if name not in FAMILIES:
+        if not isinstance(name, str) or name not in FAMILIES:
             known = ", ".join(FAMILIES)
             raise PretrainedFilesError(
                 f"{self.path} is of a {name!r}, but only {known} are here{_checks.near(name, FAMILIES)}."

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from mindpet.models.ends import OF_TEXT, OF_TURN, end_of_text, named_ends
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
@@ -88,13 +90,13 @@ def _beginning(text: str, string: str) -> int:
     return next((size for size in range(min(len(string) - 1, len(text)), 0, -1) if text.endswith(string[:size])), 0)
 
 
-_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<|im_end|>", "<|eot_id|>")  # of a text, or of a turn
-
-
 def end_tokens(tokenizer: "Tokenizer", config: dict[str, Any]) -> list[int]:
-    """The tokens that end a text or a turn: those named in a ``config.json``, and special ones with usual names."""
-    named = config.get("eos_token_id")
-    found = [number for number in (named if isinstance(named, list) else [named]) if isinstance(number, int)]
+    """The tokens that end a text or a turn.
+
+    They are those named in a ``config.json``, special ones with usual names, and the one that tuning teaches.
+    """
+    learned = end_of_text(tokenizer, config)
+    found = [*named_ends(config), *([] if learned is None else [learned])]
     added = tokenizer.get_added_tokens_decoder()
-    found += [number for number, token in added.items() if token.special and token.content in _ENDS]
+    found += [number for number, token in added.items() if token.special and token.content in OF_TEXT + OF_TURN]
     return sorted(number for number in set(found) if 0 <= number < config.get("vocab_size", number + 1))

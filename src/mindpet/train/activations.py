@@ -101,19 +101,28 @@ def layer_sizes(content: Mapping[str, Any]) -> LayerSizes:
         hidden, heads = content["n_embd"], content["n_head"]
         inner = content.get("n_inner") or 4 * hidden
         sizes = (content["n_layer"], hidden, inner, hidden, hidden, heads, heads)
-        return LayerSizes(*sizes, False, False, True, content["vocab_size"])
+        return LayerSizes(*sizes, gated=False, rms=False, tanh=True, vocabulary=content["vocab_size"])
     hidden = content["hidden_size"]
     if kind == "chatglm":
         size, groups = content["kv_channels"], content["multi_query_group_num"]
         heads = content.get("num_attention_heads") or hidden // size
-        sizes = (content["num_layers"], hidden, content["ffn_hidden_size"], heads * size, groups * size, heads, groups)
-        return LayerSizes(*sizes, True, True, False, content["padded_vocab_size"])
-    heads = content["num_attention_heads"]
-    size = content.get("head_dim") or hidden // heads
-    groups = content.get("num_key_value_heads") or heads
-    sizes = (content["num_hidden_layers"], hidden, content["intermediate_size"], heads * size, groups * size)
-    gated = kind != "bert"
-    return LayerSizes(*sizes, heads, groups, gated, gated, False, content["vocab_size"] if gated else 0)
+        layers, inner, words = content["num_layers"], content["ffn_hidden_size"], content["padded_vocab_size"]
+    else:
+        heads = content["num_attention_heads"]
+        size = content.get("head_dim") or hidden // heads
+        groups = content.get("num_key_value_heads") or heads
+        layers, inner, words = content["num_hidden_layers"], content["intermediate_size"], content["vocab_size"]
+    sizes = (layers, hidden, inner, heads * size, groups * size, heads, groups)
+    if kind == "bert":
+        return LayerSizes(*sizes, gated=False, rms=False, tanh=False, vocabulary=0)
+    return LayerSizes(*sizes, gated=True, rms=True, tanh=False, vocabulary=words)
+
+
+def positions_of(content: Mapping[str, Any]) -> int | None:
+    """How many tokens the network has positions for; None where rotary positions have no end that is known."""
+    if content["model_type"] == "gpt2":
+        return content.get("n_positions") or 1024
+    return content.get("max_position_embeddings") or (512 if content["model_type"] == "bert" else None)
 
 
 def place_of(path: str) -> str:
@@ -201,19 +210,25 @@ def at_the_turn(sizes: LayerSizes, batch: int, seq: int, cutting: Cutting, item:
     return max(through, loss if sizes.vocabulary else 0)
 
 
-def index_lists(sizes: LayerSizes, batch: int, seq: int, kernels: bool) -> int:
-    """Bytes that the CPU operators of one layer hold as long as the compiled network lives.
+def index_lists(sizes: LayerSizes, layers: int, batch: int, seq: int, kernels: bool) -> int:
+    """Bytes that the CPU operators hold from the first step to the end, for so many layers that the backward reaches.
 
     MindSpore's Transpose on a CPU keeps a list of where each number comes from, 8 bytes each, and an element-wise
-    operator that broadcasts keeps one for each of its inputs. In numbers, forward and backward together:
+    operator that broadcasts (other than one number to all) keeps one for each of its two inputs. In numbers, forward
+    and backward together, a layer has
 
     - BERT: transposes of q, k, v and m: 8 n h; GPT-2: one of all three, and m: 8 n h;
     - LLaMA: transposes 4 n q + 4 n k, and the rotation by cosines and sines 8 n q + 8 n k;
     - without our kernels: adding the mask and the gradient of softmax 4 n a s, exact GELU 4 n f, RMSNorm 16 n h.
+
+    Besides, BERT adds its positions and takes the mean of its tokens, 6 n h. A language model makes its mask, 6 n s,
+    and without our kernels computes its loss, 8 n v.
     """
     rows = batch * seq
     numbers = 4 * rows * (sizes.queries + sizes.keys) * (3 if sizes.rms else 1)
     if not kernels:
         numbers += 4 * rows * sizes.heads * seq + (16 * rows * sizes.hidden if sizes.rms else 0)
         numbers += 0 if sizes.gated or sizes.tanh else 4 * rows * sizes.inner
-    return 8 * numbers
+    outside = 6 * rows * (seq if sizes.vocabulary else sizes.hidden)
+    outside += 0 if kernels else 8 * rows * sizes.vocabulary
+    return 8 * (layers * numbers + outside)

@@ -5,7 +5,8 @@ The same as :mod:`mindpet.parallel` gives for built layers; the tests hold the t
 
 from typing import Any
 
-from mindpet.train.activations import Cutting, LayerSizes, cut_of, place_of
+from mindpet._near import near
+from mindpet.train.activations import CUTS, Cutting, LayerSizes, cut_of, place_of
 from mindpet.train.presets import CellSizes, NetworkSizes
 
 _DENSE = {"matmul": "rows in, out in", "bias": "rows out, out"}
@@ -91,6 +92,30 @@ def local_delta(method: str, cell: CellSizes, added: int, given: dict[str, Any],
     return added
 
 
+def problems_of_numbers(
+    batch: int, seq: int, devices: int | None, data_parallel: int, model_parallel: int, cut: str | None
+) -> list[str]:
+    """Everything that is wrong with them by themselves."""
+    numbers = {"batch": batch, "seq": seq, "data_parallel": data_parallel, "model_parallel": model_parallel}
+    if devices is not None:
+        numbers["devices"] = devices
+    found = [
+        f"'{name}' must be a positive int, but is {value!r}"
+        for name, value in numbers.items()
+        if type(value) is not int or value <= 0
+    ]
+    if cut is not None and cut not in CUTS:
+        found.append(f"'cut' must be one of {', '.join(CUTS)}, but is {cut!r}{near(cut, CUTS)}")
+    if found:
+        return found
+    if devices is not None and devices != data_parallel * model_parallel:
+        product = f"data_parallel={data_parallel} times model_parallel={model_parallel}"
+        found.append(f"devices={devices} is not {product}, which is {data_parallel * model_parallel}")
+    if batch % data_parallel:
+        found.append(f"batch={batch} cannot be cut into data_parallel={data_parallel} equal parts")
+    return found
+
+
 def problems_of(network: NetworkSizes, sizes: LayerSizes, cutting: Cutting) -> list[str]:
     """Everything that cannot be cut into so many parts."""
     parts = cutting.model_parallel
@@ -113,7 +138,7 @@ def problems_of(network: NetworkSizes, sizes: LayerSizes, cutting: Cutting) -> l
 
 def dense_layers(network: NetworkSizes) -> dict[str, CellSizes]:
     """The dense layers of the first block, by a pattern that matches them in all blocks."""
-    found = {}
+    found: dict[str, CellSizes] = {}
     for cell in network.cells:
         if cell.kind == "dense" and place_of(cell.path):
             found.setdefault(pattern_of(cell.path), cell)

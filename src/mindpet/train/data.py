@@ -229,11 +229,13 @@ class Encoded:
             ``(count + 1, length)`` of a language model.
         count: rows that count.
         cut: texts that were longer than they may be.
+        left_out: texts of a language model that have no token to learn within the length.
     """
 
     columns: dict[str, np.ndarray]
     count: int
     cut: int
+    left_out: int = 0
 
     @property
     def labelled(self) -> int:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 
 from mindpet.delta.r_drop import IGNORED
+from mindpet.models.ends import end_of_text
 from mindpet.train.config import DataSection
 from mindpet.train.data import DataError, Encoded, Rows, is_unicode, problem_with, read_records, split_rows
-
-_END_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 def is_plain(path: str | Path) -> bool:
@@ -103,7 +102,7 @@ def _conversation(record: Any, key: str) -> tuple[Any, str]:
         fine = isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
         if not fine:
             return None, f"message {number} of '{key}' is not an object with the texts 'role' and 'content'"
-        if not is_unicode(turn["content"]):
+        if not is_unicode(turn["role"] + turn["content"]):
             return None, f"message {number} of '{key}' is not UTF-8"
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         return None, f"'{key}' has no message of the assistant to learn"
@@ -158,13 +157,10 @@ class Codec:
             DataError: it has no token for the end of a text.
         """
         tokenizer = pretrained.tokenizer()
-        named = pretrained.config.get("eos_token_id")
-        numbers = named if isinstance(named, list) else [named]
-        known = [tokenizer.token_to_id(name) for name in _END_NAMES]
-        ends = [number for number in (known[0], *numbers, *known[1:]) if number is not None]
-        if not ends:
+        end = end_of_text(tokenizer, pretrained.config)
+        if end is None:
             raise DataError("The model has no token for the end of a text: no eos_token_id in its config.json.")
-        return cls(tokenizer, pretrained.chat_template(), ends[0])
+        return cls(tokenizer, pretrained.chat_template(), end)
 
     def encode(self, text: Any) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, whether each is to be learned). Of a conversation the assistant's turns are, with their ends.
@@ -201,7 +197,7 @@ class Codec:
 
 
 def encode_texts(codec: Codec, texts: Iterable[Any], max_length: int, packing: bool, blocks: bool) -> Encoded:
-    """Rows of tokens, each with the next token as its label.
+    """Rows of tokens, each with the next token as its label; a text without a token to learn in them is left out.
 
     Args:
         codec: of the model.
@@ -211,21 +207,26 @@ def encode_texts(codec: Codec, texts: Iterable[Any], max_length: int, packing: b
             a text a row.
         blocks: a text that is longer goes on in further rows, rather than being cut.
     """
-    samples, cut = [], 0
+    samples: list[tuple[np.ndarray, np.ndarray]] = []
+    cut, left_out = 0, 0
     for text in texts:
         ids, learned = codec.encode(text)
         inputs, labels = ids[:-1], np.where(learned[1:], ids[1:], IGNORED)
-        cut += not blocks and len(inputs) > max_length
+        before = len(samples)
         for start in range(0, len(inputs) if blocks else 1, max_length):
             part = slice(start, start + max_length)
             if (labels[part] != IGNORED).any():
                 samples.append((inputs[part], labels[part]))
+        if len(samples) == before:
+            left_out += 1
+        elif not blocks and len(inputs) > max_length:
+            cut += 1
     if not samples:
         raise DataError(f"No text has a token to learn within data.max_length={max_length} tokens.")
     sizes = [len(inputs) for inputs, _ in samples]
     groups = pack(sizes, max_length) if packing else [[index] for index in range(len(samples))]
     longest = max(sum(sizes[index] for index in group) for group in groups)
-    return Encoded(_columns(samples, groups, min(max_length, -(-longest // 8) * 8)), len(groups), cut)
+    return Encoded(_columns(samples, groups, min(max_length, -(-longest // 8) * 8)), len(groups), cut, left_out)
 
 
 def _columns(samples: list, groups: list[list[int]], width: int) -> dict[str, np.ndarray]:

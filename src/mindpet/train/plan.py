@@ -1,19 +1,16 @@
 """What tuning a network over several devices will take, before there is one: memory, communication, strategies.
 
 Arithmetic alone: no weights, no MindSpore. Memory follows :mod:`mindpet.train.activations`, what is sent between
-devices :mod:`mindpet.train.cutting`. Dense layers of the blocks are cut over ``model_parallel`` devices; embeddings, norms and
-heads are whole on each.
+devices :mod:`mindpet.train.cutting`. Dense layers of the blocks are cut over ``model_parallel`` devices; embeddings,
+norms and heads are whole on each.
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindpet._near import near, near_names
 from mindpet.train import summary
 from mindpet.train.activations import (
-    CUTS,
     Cutting,
     LayerSizes,
     Trained,
@@ -22,6 +19,7 @@ from mindpet.train.activations import (
     kept_in_layer,
     layer_sizes,
     place_of,
+    positions_of,
 )
 from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import (
@@ -31,21 +29,17 @@ from mindpet.train.cutting import (
     own_sums,
     pattern_of,
     problems_of,
+    problems_of_numbers,
     reduced,
     sent_in_layer,
     strategies_of,
 )
 from mindpet.train.presets import CellSizes, NetworkSizes, network_sizes, preset
 
-# A single process on a CPU, measured with MindSpore 2.10 and Python 3.11 on Linux; MiB
-PROCESS = 500.0  # Python, MindSpore, mindpet, and the runtime once it has run
-PROCESS_LAYER = 11.0  # the compiled graph, and buffers of its operators, a layer
-SCATTERED = 1.2  # what the memory pool spans, for each byte in it that is used
-_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
-_RATES = {f"{unit}/s": size for unit, size in _UNITS.items()}
-_SPEEDS = {f"{prefix}FLOP/s": size for prefix, size in (("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))}
-AMOUNTS = {"memory": _UNITS, "bandwidth": _RATES, "speed": _SPEEDS}
-LARGEST = 1 << 24  # rows of a batch, above which nobody asks
+# A single process on a CPU, fitted to ten small networks of 1 to 8 layers (MindSpore 2.10, Python 3.11, Linux): MiB
+PROCESS = 507.0  # Python, MindSpore, mindpet, and the runtime once it has run
+PROCESS_LAYER = 18.0  # a layer's compiled graph, and what its matrix products' primitives hold
+SCATTERED = 1.135  # what the memory pool spans, for each byte in it that is used
 
 
 @dataclass(frozen=True)
@@ -168,43 +162,20 @@ def plan(
     try:
         whole = summary.summarise(network, method, options, optimizer=optimizer, dtype=dtype, labels=labels)
     except ValueError as error:
-        numbers = _problems_of_numbers(batch, seq, devices, data_parallel, model_parallel, cut)
+        numbers = problems_of_numbers(batch, seq, devices, data_parallel, model_parallel, cut)
         raise ValueError("\n".join([str(error), *numbers])) from None
     content = preset(network) if isinstance(network, str) else network
     cells, sizes = network_sizes(content, labels), layer_sizes(content)
-    problems = _problems_of_numbers(batch, seq, devices, data_parallel, model_parallel, cut)
+    problems = problems_of_numbers(batch, seq, devices, data_parallel, model_parallel, cut)
     cutting = Cutting(model_parallel, cut)
     if not problems:
         problems += problems_of(cells, sizes, cutting)
-    positions = content.get("max_position_embeddings", 512) if sizes.vocabulary == 0 else content.get("n_positions")
-    if isinstance(seq, int) and positions and seq > positions:
+    positions = positions_of(content)
+    if type(seq) is int and positions and seq > positions:
         problems.append(f"seq={seq} tokens are more than the {positions} positions of {whole.network}")
     if problems:
         raise ValueError("This cannot be planned:\n  " + "\n  ".join(problems))
     return _Planner(whole, cells, sizes, cutting, dict(options or {}), kernels).plan(data_parallel, batch, seq)
-
-
-def _problems_of_numbers(
-    batch: int, seq: int, devices: int | None, data_parallel: int, model_parallel: int, cut: str | None
-) -> list[str]:
-    numbers = {"batch": batch, "seq": seq, "data_parallel": data_parallel, "model_parallel": model_parallel}
-    if devices is not None:
-        numbers["devices"] = devices
-    found = [
-        f"'{name}' must be a positive int, but is {value!r}"
-        for name, value in numbers.items()
-        if type(value) is not int or value <= 0
-    ]
-    if cut is not None and cut not in CUTS:
-        found.append(f"'cut' must be one of {', '.join(CUTS)}, but is {cut!r}{near(cut, CUTS)}")
-    if found:
-        return found
-    if devices is not None and devices != data_parallel * model_parallel:
-        product = f"data_parallel={data_parallel} times model_parallel={model_parallel}"
-        found.append(f"devices={devices} is not {product}, which is {data_parallel * model_parallel}")
-    if batch % data_parallel:
-        found.append(f"batch={batch} cannot be cut into data_parallel={data_parallel} equal parts")
-    return found
 
 
 class _Planner:
@@ -253,7 +224,7 @@ class _Planner:
         sent = self.sizes.layers * sent_in_layer(self.sizes, 0, here * seq, self.item, self.cutting)
         if self.cutting.model_parallel > 1:
             sent += reduced(sums * here * seq * self.item, self.cutting.model_parallel)
-        lists = len(reached) * index_lists(self.sizes, here, seq, self.kernels)
+        lists = index_lists(self.sizes, len(reached), here, seq, self.kernels)
         return Plan(
             summary=self.whole,
             data_parallel=data_parallel,
@@ -334,53 +305,3 @@ class _Planner:
             pattern: strategies_of(self.method if pattern in adapted else "", cell, data_parallel, self.cutting)
             for pattern, cell in dense_layers(self.network).items()
         }
-
-
-def largest_batch(memory: float, network: str | Mapping[str, Any], method: str = "lora", **given: Any) -> int:
-    """The largest batch of a plan that fits into so many bytes on each device; 0 if not even the smallest does.
-
-    >>> largest_batch(32e9, "glm2-6b", data_parallel=2, model_parallel=4, seq=2048) % 2
-    0
-    """
-    step = given.get("data_parallel", 1)
-
-    def fits(parts: int) -> bool:
-        return plan(network, method, **{**given, "batch": parts * step}).memory <= memory
-
-    low, high = 0, 1
-    while high * step <= LARGEST and fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low * step
-
-
-def amount(name: str, text: str) -> float:
-    """A number with its unit: ``32GB`` of memory, ``25GB/s`` of bandwidth, ``200TFLOP/s`` of speed.
-
-    Raises:
-        ValueError: no such unit, or not a positive number.
-
-    >>> amount("memory", "1.5 GiB"), amount("speed", "200TFLOP/s")
-    (1610612736.0, 200000000000000.0)
-    """
-    units = AMOUNTS[name]
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(\S*)\s*", text)
-    number, unit = match.groups() if match else ("", "")
-    try:
-        value = float(number)
-    except ValueError:
-        value = 0.0
-    if value <= 0 or unit not in units:
-        raise ValueError(
-            f"'{name}' must be a positive number with one of {', '.join(units)}, but is {text!r}"
-            f"{_near_unit(unit, units)}."
-        )
-    return value * units[unit]
-
-
-def _near_unit(unit: str, units: Mapping[str, float]) -> str:
-    by_lower = {one.lower(): one for one in units}
-    close = [repr(by_lower[one]) for one in near_names(unit, by_lower)]
-    return f"; did you mean {' or '.join(close)}?" if close else ""

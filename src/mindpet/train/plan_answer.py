@@ -1,11 +1,20 @@
 """A plan in words: rows for a table, notes, and the strategies as code to paste; and the documentation's table."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mindpet.train.plan import Plan, amount, largest_batch, plan
+from mindpet._near import near_names
+from mindpet.train.activations import positions_of
+from mindpet.train.plan import Plan, plan
 from mindpet.train.presets import preset
+
+_UNITS = {"B": 1, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_RATES = {f"{unit}/s": size for unit, size in _UNITS.items()}
+_SPEEDS = {f"{prefix}FLOP/s": size for prefix, size in (("M", 1e6), ("G", 1e9), ("T", 1e12), ("P", 1e15))}
+AMOUNTS = {"memory": _UNITS, "bandwidth": _RATES, "speed": _SPEEDS}
+LARGEST = 1 << 24  # rows of a batch, above which nobody asks
 
 
 @dataclass(frozen=True)
@@ -140,13 +149,11 @@ def _ways(devices: int | None, data_parallel: int | None, model_parallel: int | 
 
 
 def _tokens(network: str | Mapping[str, Any]) -> int:
-    if isinstance(network, str):
-        try:
-            network = preset(network)
-        except ValueError:
-            return 2048  # plan says it
-    usual = {"bert": 512, "gpt2": 1024}.get(str(network.get("model_type")), 2048)
-    return min(network.get("max_position_embeddings") or network.get("n_positions") or usual, usual)
+    """2048, or as many as there are positions; what is wrong with the network, :func:`plan` says."""
+    try:
+        return min(positions_of(preset(network) if isinstance(network, str) else network) or 2048, 2048)
+    except (KeyError, ValueError):
+        return 2048
 
 
 SETTINGS = (  # of the documentation's table: network, method, data_parallel, model_parallel, batch, tokens, dtype
@@ -201,3 +208,53 @@ def seconds(value: float) -> str:
     ('250.0 ms', '3.00 s')
     """
     return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.1f} ms"
+
+
+def largest_batch(memory: float, network: str | Mapping[str, Any], method: str = "lora", **given: Any) -> int:
+    """The largest batch of a plan that fits into so many bytes on each device; 0 if not even the smallest does.
+
+    >>> largest_batch(32e9, "glm2-6b", data_parallel=2, model_parallel=4, seq=2048) % 2
+    0
+    """
+    step = given.get("data_parallel", 1)
+
+    def fits(parts: int) -> bool:
+        return plan(network, method, **{**given, "batch": parts * step}).memory <= memory
+
+    low, high = 0, 1
+    while high * step <= LARGEST and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low * step
+
+
+def amount(name: str, text: str) -> float:
+    """A number with its unit: ``32GB`` of memory, ``25GB/s`` of bandwidth, ``200TFLOP/s`` of speed.
+
+    Raises:
+        ValueError: no such unit, or not a positive number.
+
+    >>> amount("memory", "1.5 GiB"), amount("speed", "200TFLOP/s")
+    (1610612736.0, 200000000000000.0)
+    """
+    units = AMOUNTS[name]
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(\S*)\s*", text)
+    number, unit = match.groups() if match else ("", "")
+    try:
+        value = float(number)
+    except ValueError:
+        value = 0.0
+    if value <= 0 or unit not in units:
+        raise ValueError(
+            f"'{name}' must be a positive number with one of {', '.join(units)}, but is {text!r}"
+            f"{_near_unit(unit, units)}."
+        )
+    return value * units[unit]
+
+
+def _near_unit(unit: str, units: Mapping[str, float]) -> str:
+    by_lower = {one.lower(): one for one in units}
+    close = [repr(by_lower[one]) for one in near_names(unit, by_lower)]
+    return f"; did you mean {' or '.join(close)}?" if close else ""

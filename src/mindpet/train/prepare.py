@@ -42,16 +42,14 @@ def prepare(config: RunConfig, reporter: "Reporter") -> Prepared:
     files = config.data.train, config.data.test or config.data.train
     encoded = [encode_rows(pretrained, config, rows, path, labels) for rows, path in zip((train, test), files)]
     for name, rows in zip(("training", "held-out"), encoded):
-        if rows.cut:
-            what = "rows" if labels else "texts"
-            reporter.message(f"{rows.cut} {name} {what} are longer than {config.data.max_length} tokens and are cut.")
+        _report_lengths(rows, f"{name} {'rows' if labels else 'texts'}", config, reporter)
     if labels:
         counts = ", ".join(f"{label} {train.labels.count(label)}" for label in labels[:12])
         more = ", ..." if len(labels) > 12 else ""
         reporter.message(f"{len(train)} rows to train on ({counts}{more}), {len(test)} held out.")
     else:
         first, second = (
-            f"{len(rows)} texts in {found.count} rows ({found.labelled:,} tokens to predict)"
+            f"{len(rows) - found.left_out} texts in {found.count} rows ({found.labelled:,} tokens to predict)"
             for rows, found in zip((train, test), encoded)
         )
         reporter.message(f"{first} to train on; {second} held out.")
@@ -74,16 +72,17 @@ def open_model(config: RunConfig) -> Pretrained:
             f"{', '.join(wrong)}: not for {kind}, which the model in {config.model.path} becomes ({_kind(pretrained)})."
         )
     prefix = 0 if config.method.name == "full" else getattr(method_config(config.method), "tokens", 0)
-    positions = family.max_positions(pretrained.config)
+    sizes = family.config.from_content(pretrained.config, str(config.model.path))  # with what config.json leaves out
+    positions = getattr(sizes, family.positions)
     if config.data.max_length + prefix > positions:
         after = f" after a prefix of {prefix} tokens" if prefix else ""
         raise RunFileError(
             f"data.max_length is {config.data.max_length}{after}, but the model in {config.model.path} has "
             f"{positions} positions."
         )
-    if words > pretrained.config["vocab_size"]:
+    if words > sizes.vocab_size:
         raise DataError(
-            f"The tokenizer in {config.model.path} has {words} words, the model has {pretrained.config['vocab_size']}: "
+            f"The tokenizer in {config.model.path} has {words} words, the model has {sizes.vocab_size}: "
             "they do not belong together."
         )
     return pretrained
@@ -156,7 +155,17 @@ def held_out(config: RunConfig, pretrained: Pretrained, labels: list[str], repor
         test = read_data(config.data.test, config, task, reporter)
         if task == "classification":
             check_labels(test, labels, reporter)
-    return encode_rows(pretrained, config, test, config.data.test or config.data.train, labels)
+    encoded = encode_rows(pretrained, config, test, config.data.test or config.data.train, labels)
+    _report_lengths(encoded, "held-out rows" if task == "classification" else "held-out texts", config, reporter)
+    return encoded
+
+
+def _report_lengths(encoded: Encoded, what: str, config: RunConfig, reporter: "Reporter") -> None:
+    length = config.data.max_length
+    if encoded.cut:
+        reporter.message(f"{encoded.cut} {what} are longer than {length} tokens and are cut.")
+    if encoded.left_out:
+        reporter.message(f"{encoded.left_out} {what} have nothing to learn in their first {length} tokens: left out.")
 
 
 def _without_overlap(train: Rows, test: Rows, config: RunConfig, reporter: "Reporter") -> Rows:
