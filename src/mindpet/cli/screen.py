@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from mindpet.train.fit import Reporter
@@ -148,7 +148,7 @@ def print_predictions(console: Console, texts: list[str], predictions: list[dict
 
 def print_inspection(console: Console, found: "Inspection", most: int = 12) -> None:
     """What would be adapted, what would train, and what is left."""
-    table = Table("adapted cell", "becomes")
+    table = Table(Column("adapted cell", no_wrap=True), "becomes")  # paths are copied into run files
     for path, words in list(found.adapted.items())[:most]:
         table.add_row(Text(path), Text(words))
     if len(found.adapted) > most:

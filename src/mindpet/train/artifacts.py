@@ -103,7 +103,11 @@ def inspect(source: str, overrides: list[str] | None = None) -> Inspection:
 
 def _describe(network: nn.Cell, method: str, dense: list[str]) -> Inspection:
     """What an injected network holds; of the paths `dense`, those that are not adapted are left."""
-    adapted = {path: repr(cell).split("\n")[0] for one in injections(network) for path, cell in one.adapted.items()}
+    adapted = {
+        path: f"{type(cell).__name__}({cell.extend_repr()})"
+        for one in injections(network)
+        for path, cell in one.adapted.items()
+    }
     parameters = list(network.get_parameters())
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     return Inspection(

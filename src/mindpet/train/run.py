@@ -128,7 +128,7 @@ def finetune(
     weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
     reporter.message(
         f"{config.method.name} on {config.model.path}: {trainable:,} of {total:,} parameters train "
-        f"({trainable / total:.2%}). Compiling takes a few seconds."
+        f"({trainable / total:.2%}). Compiling takes 5 to 60 seconds."
     )
     rows = prepared.train, prepared.test
     scores = scorer(network, prepared.task)
@@ -211,7 +211,8 @@ def load_tuned(directory: str | Path, overrides: list[str] | None = None) -> tup
 
 def unfinished(directory: str | Path) -> str:
     """A sentence on a run that has a delta but did not end, or nothing."""
-    if (Path(directory) / "report.json").is_file():
+    directory = Path(directory)
+    if (directory / "report.json").is_file() or not (directory / "delta" / "delta.safetensors").is_file():
         return ""
     return (
         f"The run in {directory} is not finished; its best delta so far is used. Go on with mindpet finetune --resume."

@@ -121,7 +121,8 @@ class CellRunner:
                     one.process.terminate()
         if wishes:
             raise Interrupted(
-                f"Stopped; {self.done} of {self.total} cells are done, the rest is saved. The same command goes on."
+                f"Stopped; {self.done} of {self.total} cells are done, the rest is saved. The same command goes on "
+                "(without --redo, which begins anew)."
             )
 
     def _start(self, cell: Cell) -> _Process | None:
