@@ -7,11 +7,10 @@ from mindpet import LoRAConfig, PTuning2Config, inject, merge
 from mindpet.interop import load_peft, save_peft
 from mindpet.models import GPT2LMHeadModel
 from mindpet.models.loading import save_tensors
+from tests.interop.causal import peft, their_logits, torch, with_delta
 from tests.models.causal import GPT2, NO_DROPOUT, fill, logits, tokens
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
 
 pytestmark = [pytest.mark.interop, pytest.mark.filterwarnings("ignore")]
 
@@ -40,12 +39,6 @@ def ours(directory):
 
 def theirs(directory):
     return transformers.GPT2LMHeadModel.from_pretrained(directory).eval()
-
-
-def their_logits(model, ids, mask=None):
-    with torch.no_grad():
-        mask = None if mask is None else torch.tensor(np.asarray(mask))
-        return model(torch.tensor(ids.astype(np.int64)), attention_mask=mask).logits.numpy()
 
 
 @pytest.mark.parametrize(
@@ -89,11 +82,9 @@ def test_what_is_merged_and_saved_here_computes_the_same_there(base, tmp_path):
 )
 def test_lora_of_peft_computes_the_same_and_back(base, tmp_path, options):
     ids = tokens(2, 9)
-    model = peft.get_peft_model(theirs(base), peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.4)
-    expected = their_logits(model.eval(), ids)
+    config = peft.LoraConfig(r=3, lora_alpha=5, task_type="CAUSAL_LM", **options)
+    model = with_delta(theirs(base), config, std=0.4)
+    expected = their_logits(model, ids)
     model.save_pretrained(tmp_path / "theirs")
     network = load_peft(ours(base), tmp_path / "theirs")
     np.testing.assert_allclose(logits(network, ids), expected, atol=1e-4)
@@ -106,11 +97,8 @@ def test_lora_of_peft_computes_the_same_and_back(base, tmp_path, options):
 def test_prefix_of_peft_computes_the_same(mode, base, tmp_path):
     ids = tokens(2, 9)
     config = peft.PrefixTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(theirs(base), config)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.8)
-    expected = their_logits(model.eval(), ids)
+    model = with_delta(theirs(base), config, std=0.8)
+    expected = their_logits(model, ids)
     model.save_pretrained(tmp_path / "theirs")
     network = load_peft(ours(base), tmp_path / "theirs").set_train(False)
     np.testing.assert_allclose(logits(network, ids), expected, atol=1e-4)

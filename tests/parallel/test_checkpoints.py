@@ -527,6 +527,18 @@ WRITTEN = {
 }
 
 
+def loaded_and_made_whole(tmp_path, strategy, values):
+    """The slices in ``delta`` become `values` in a network, and one whole checkpoint, which is returned."""
+    network = nn.Cell()
+    network.head, network.up = nn.Dense(16, 6), nn.Dense(16, 64)
+    before = numbers(network)
+    load_distributed_delta(network, delta=tmp_path / "delta", delta_strategy=strategy)
+    assert_same(numbers(network), before | values)
+    (whole,) = transform_delta_checkpoints(tmp_path / "delta", tmp_path / "whole", strategy=strategy)
+    assert_same(content(whole)[0], values)
+    return whole
+
+
 @pytest.mark.parametrize("kind", WRITTEN)
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_other_strategies(tuned, tmp_path, kind, file_format):
@@ -537,13 +549,7 @@ def test_other_strategies(tuned, tmp_path, kind, file_format):
         slices = [{"name": n, "data": ms.Tensor(parts_of(v, layouts[n], rank))} for n, v in values.items()]
         path = tmp_path / "delta" / f"rank_{rank}" / f"tuned-1_3.{file_format}"
         ms.save_checkpoint(slices, str(path), format=file_format)
-    network = nn.Cell()
-    network.head, network.up = nn.Dense(16, 6), nn.Dense(16, 64)
-    before = numbers(network)
-    load_distributed_delta(network, delta=tmp_path / "delta", delta_strategy=strategy)
-    assert_same(numbers(network), before | values)
-    (whole,) = transform_delta_checkpoints(tmp_path / "delta", tmp_path / "whole", strategy=strategy)
-    assert_same(content(whole)[0], values)
+    whole = loaded_and_made_whole(tmp_path, strategy, values)
     back = transform_delta_checkpoints(whole, tmp_path / "back", target_strategy=strategy, format=file_format)
     for rank, path in enumerate(back):
         assert_same(content(path)[0], {name: parts_of(value, layouts[name], rank) for name, value in values.items()})
@@ -570,13 +576,7 @@ def test_stages_of_a_pipeline(tuned, tmp_path):
         mine = {n: parts_of(values[n], layout, rank % 2) for n, (stage, layout) in stages.items() if stage == rank // 2}
         slices = [{"name": name, "data": ms.Tensor(value)} for name, value in mine.items()]
         ms.save_checkpoint(slices, str(tmp_path / "delta" / f"rank_{rank}" / "tuned-1_3.ckpt"))
-    network = nn.Cell()
-    network.head, network.up = nn.Dense(16, 6), nn.Dense(16, 64)
-    before = numbers(network)
-    load_distributed_delta(network, delta=tmp_path / "delta", delta_strategy=strategy)
-    assert_same(numbers(network), before | values)
-    (whole,) = transform_delta_checkpoints(tmp_path / "delta", tmp_path / "whole", strategy=strategy)
-    assert_same(content(whole)[0], values)
+    whole = loaded_and_made_whole(tmp_path, strategy, values)
     back = transform_delta_checkpoints(whole, tmp_path / "back", target_strategy=strategy)
     for rank, path in enumerate(back):
         assert_same(content(path)[0], content(tmp_path / "delta" / f"rank_{rank}" / "tuned-1_3.ckpt")[0])

@@ -355,7 +355,7 @@ def summary(
       mindpet summary run.yaml
     """
     with _readable_errors():
-        from mindpet.cli.board import print_summary
+        from mindpet.cli.arithmetic import print_summary
         from mindpet.train.config import load_run
         from mindpet.train.summary_table import sizes_of, summary_table
 
@@ -411,7 +411,7 @@ def plan(
       mindpet plan run.yaml --devices 2
     """
     with _readable_errors():
-        from mindpet.cli.plan_screen import print_plan
+        from mindpet.cli.arithmetic import print_plan
         from mindpet.train.config import load_run
         from mindpet.train.plan_answer import planned
         from mindpet.train.summary_table import sizes_of

@@ -102,23 +102,6 @@ def print_comparison(console: Console, result: dict[str, Any], directory: Path) 
     console.print(f"Written: {directory}/comparison.md, .csv, .json, .png", markup=False, soft_wrap=True)
 
 
-def print_summary(title: str, rows: list[dict[str, str]], optimizer: str) -> None:
-    """The table of ``mindpet summary``."""
-    headings = {"weights": "weights\nMiB", "optimizer": f"{optimizer}\nMiB", "static": "both\nMiB"}
-    headings |= {"trains": "parameters\nthat train", "of full": "of full\ntuning"}
-    table = Table(title=Text(title), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    console = Console(highlight=False)
-    for name in rows[0]:
-        table.add_column(headings.get(name, name), justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
-        if row["share"]:
-            table.add_row(*(Text(value) for value in row.values()))
-    console.print(table)
-    for row in rows:
-        if not row["share"]:
-            console.print(f"{row['method']} {row['trains']}", markup=False)
-
-
 def _duration(seconds: float) -> str:
     minutes, hours = round(seconds / 60), int(seconds // 3600)
     if seconds < 90:

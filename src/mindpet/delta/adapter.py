@@ -18,7 +18,7 @@ from mindpet import _checks
 from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.low_rank_adapter import LowRankAdapterDense, LowRankAdapterLayer
-from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.method import AFTER_BLOCKS, DeltaConfig, Method
 from mindpet.delta.strategy import ORIGINAL_DENSE, Sharded, below, shard_operators
 
 __all__ = ["AdapterConfig", "AdapterDense", "AdapterLayer", "LowRankAdapterDense", "LowRankAdapterLayer"]
@@ -229,13 +229,6 @@ METHOD = Method(
     trainable=("*mindpet_delta_adapter*",),
     paper="Houlsby et al. 2019, Parameter-Efficient Transfer Learning for NLP, arXiv:1902.00751",
     adapt={nn.Dense: AdapterDense.from_dense},
-    targets=(
-        "*.attention.output.dense",
-        "*.layer.*.output.dense",
-        "*.self_attn.o_proj",
-        "*.mlp.down_proj",
-        "*.attn.c_proj",
-        "*.mlp.c_proj",
-    ),
+    targets=AFTER_BLOCKS,
     learning_rate=0.001,
 )

@@ -14,7 +14,7 @@ from mindspore.common.initializer import initializer
 from mindpet import _checks
 from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import ComputeDense
-from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.method import AFTER_BLOCKS, DeltaConfig, Method
 from mindpet.delta.strategy import ORIGINAL_DENSE, Sharded, below, shard_operators
 
 _PREFIX = "mindpet_delta_low_rank_adapter"
@@ -293,13 +293,6 @@ METHOD = Method(
     trainable=("*mindpet_delta_low_rank_adapter*",),
     paper="Mahabadi et al. 2021, Compacter: Efficient Low-Rank Hypercomplex Adapter Layers, arXiv:2106.04647",
     adapt={nn.Dense: LowRankAdapterDense.from_dense},
-    targets=(
-        "*.attention.output.dense",
-        "*.layer.*.output.dense",
-        "*.self_attn.o_proj",
-        "*.mlp.down_proj",
-        "*.attn.c_proj",
-        "*.mlp.c_proj",
-    ),
+    targets=AFTER_BLOCKS,
     learning_rate=0.003,
 )

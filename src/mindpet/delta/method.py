@@ -8,6 +8,16 @@ from mindspore import nn
 
 from mindpet import _checks
 
+# where adapters usually go: behind attention and behind the feed-forward network, in BERT, LLaMA and GPT-2
+AFTER_BLOCKS = (
+    "*.attention.output.dense",
+    "*.layer.*.output.dense",
+    "*.self_attn.o_proj",
+    "*.mlp.down_proj",
+    "*.attn.c_proj",
+    "*.mlp.c_proj",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DeltaConfig:

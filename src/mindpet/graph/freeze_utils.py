@@ -12,6 +12,7 @@ from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
 from mindpet import _checks, _compat
+from mindpet._paths import forms_below
 from mindpet.delta.method import Method
 from mindpet.delta.registry import METHODS, method_named
 from mindpet.utils.exceptions import ModelConfigFreezeInfoError, ReadYamlFileError
@@ -158,7 +159,7 @@ def parameters_below(model: nn.Cell, patterns: Sequence[str]) -> set[int]:
     names = names_of_parameters(model)
     found: set[int] = set()
     for pattern in patterns:
-        ids = {id(p) for p, known in names if _matches(known, (pattern, f"{pattern}.*", f"*.{pattern}.*"))}
+        ids = {id(p) for p, known in names if _matches(known, forms_below(pattern))}
         if not ids:
             parts = {part for _, known in names for name in known for part in (name, *name.split("."))}
             raise ValueError(f"No parameter lies below {pattern!r}{_checks.near(pattern, parts)}.")

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from mindspore import nn
 
 from mindpet import _checks, _compat
+from mindpet._paths import in_layers
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def find_targets(
     matched = {
         path: cell
         for path, cell in candidates.items()
-        if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and _in_layers(path, layers)
+        if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and in_layers(path, layers)
     }
     misses = {str(pattern): near_paths(str(pattern), candidates) for pattern, paths in hits.items() if not paths}
     if not need_all and any(hits.values()):
@@ -101,13 +102,6 @@ def find_targets(
 
 def _means(pattern: str | type | tuple, path: str, cell: nn.Cell) -> bool:
     return fnmatchcase(path, pattern) if isinstance(pattern, str) else isinstance(cell, pattern)
-
-
-def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
-    if layers is None:
-        return True
-    numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    return bool(numbers) and numbers[0] in layers
 
 
 def near_paths(pattern: str, paths: Sequence[str] | dict) -> list[str]:

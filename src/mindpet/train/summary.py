@@ -4,12 +4,13 @@ It counts what :func:`mindpet.inject` would build; the tests compare the two. No
 answer takes no longer than the import of Python's own modules.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 from mindpet._near import near
+from mindpet._paths import forms_below, in_layers
 from mindpet.train.counters import COUNTERS, Counter, method_key
 from mindpet.train.presets import DTYPES, CellSizes, NetworkSizes, network_sizes, preset
 
@@ -204,7 +205,7 @@ def _targeted(sizes: NetworkSizes, counter: Counter, given: dict[str, Any], whol
         cell
         for cell in candidates
         if cell.path in chosen - left
-        and _in_layers(cell.path, given["layers"])
+        and in_layers(cell.path, given["layers"])
         and not (everything and whole & set(cell.parameters()))
     ]
     paths = [cell.path for cell in cells]
@@ -221,11 +222,6 @@ def _means(pattern: str, cell: CellSizes) -> bool:
     return cell.kind == "dense" if pattern == "all-linear" else fnmatchcase(cell.path, pattern)
 
 
-def _in_layers(path: str, layers: Sequence[int] | None) -> bool:
-    numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    return layers is None or (bool(numbers) and numbers[0] in layers)
-
-
 def _rank_at(path: str, given: dict[str, Any]) -> int:
     patterns = given.get("rank_pattern", {})
     return next((rank for pattern, rank in patterns.items() if fnmatchcase(path, pattern)), given.get("rank", 0))
@@ -236,8 +232,7 @@ def _saved_whole(sizes: NetworkSizes, given: dict[str, Any]) -> set[str]:
     parameters = [path for cell in sizes.cells for path in cell.parameters()]
     found: set[str] = set()
     for pattern in dict.fromkeys((*given["modules_to_save"], *sizes.heads)):
-        forms = (pattern, f"{pattern}.*", f"*.{pattern}.*")
-        below = {path for path in parameters if any(fnmatchcase(path, form) for form in forms)}
+        below = {path for path in parameters if any(fnmatchcase(path, form) for form in forms_below(pattern))}
         if not below:
             parts = {part for path in parameters for part in path.split(".")}
             raise ValueError(f"No parameter lies below {pattern!r}{near(pattern, parts)}.")

@@ -1,4 +1,4 @@
-"""A plan on the screen. Nothing here imports MindSpore, so that the answer comes at once."""
+"""A summary and a plan on the screen. Nothing here imports MindSpore, so that the answers come at once."""
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -6,6 +6,23 @@ from rich.table import Table
 from rich.text import Text
 
 from mindpet.train.plan_answer import Answer
+
+
+def print_summary(title: str, rows: list[dict[str, str]], optimizer: str) -> None:
+    """The table of ``mindpet summary``."""
+    headings = {"weights": "weights\nMiB", "optimizer": f"{optimizer}\nMiB", "static": "both\nMiB"}
+    headings |= {"trains": "parameters\nthat train", "of full": "of full\ntuning"}
+    table = Table(title=Text(title), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    console = Console(highlight=False)
+    for name in rows[0]:
+        table.add_column(headings.get(name, name), justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        if row["share"]:
+            table.add_row(*(Text(value) for value in row.values()))
+    console.print(table)
+    for row in rows:
+        if not row["share"]:
+            console.print(f"{row['method']} {row['trains']}", markup=False)
 
 
 def print_plan(title: str, found: Answer) -> None:

@@ -1,0 +1,24 @@
+"""What a pattern or a number means on the paths of cells and parameters. Nothing here imports MindSpore."""
+
+from collections.abc import Sequence
+
+
+def in_layers(path: str, layers: Sequence[int] | None) -> bool:
+    """Whether the first number in a path is among `layers`; None is all of them.
+
+    >>> in_layers("encoder.layer.3.output.0", [3]), in_layers("classifier", [0]), in_layers("classifier", None)
+    (True, False, True)
+    """
+    if layers is None:
+        return True
+    numbers = [int(part) for part in path.split(".") if part.isdigit()]
+    return bool(numbers) and numbers[0] in layers
+
+
+def forms_below(pattern: str) -> tuple[str, ...]:
+    """The patterns of a parameter itself, and of what lies below a cell named by its path or by the end of it.
+
+    >>> forms_below("classifier")
+    ('classifier', 'classifier.*', '*.classifier.*')
+    """
+    return pattern, f"{pattern}.*", f"*.{pattern}.*"
