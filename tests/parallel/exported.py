@@ -105,6 +105,11 @@ def run_processes(directory: Path, world: int, cases: list[str], groups: dict, s
     """The cases on real processes; all of them end here, whatever happens."""
     (directory / "groups.json").write_text(json.dumps(dict(sorted(groups.items()))))
     (directory / "cases.json").write_text(json.dumps(cases))
+    run_script(directory, world, Path(__file__).with_name("worker.py"), seconds)
+
+
+def run_script(directory: Path, world: int, script: Path, seconds: int) -> None:
+    """A script on real processes, started by msrun and given the directory; all of them end here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -112,7 +117,7 @@ def run_processes(directory: Path, world: int, cases: list[str], groups: dict, s
     command = [
         *(sys.executable, str(binaries / "msrun"), f"--worker_num={world}", f"--local_worker_num={world}"),
         *("--master_addr=127.0.0.1", f"--master_port={port}", f"--log_dir={directory / 'log'}", "--join=True"),
-        *(str(Path(__file__).with_name("worker.py")), str(directory)),
+        *(str(script), str(directory)),
     ]
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

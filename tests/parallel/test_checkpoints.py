@@ -1,5 +1,6 @@
 """Checkpoints of distributed runs come together in one network, and are cut anew, to the last bit."""
 
+import re
 import resource
 from pathlib import Path
 
@@ -580,3 +581,39 @@ def test_stages_of_a_pipeline(tuned, tmp_path):
     back = transform_delta_checkpoints(whole, tmp_path / "back", target_strategy=strategy)
     for rank, path in enumerate(back):
         assert_same(content(path)[0], content(tmp_path / "delta" / f"rank_{rank}" / "tuned-1_3.ckpt")[0])
+
+
+def test_the_code_of_the_page_on_distributed_checkpoints_runs(runs, compiler, tuned, files, tmp_path, capsys):
+    """Every Python block of the page, in order, on the files that it speaks of."""
+    place = tmp_path / "runs"
+    place.mkdir()
+    Path(files["delta"]).rename(place / "tuned")
+    for rank in range(8):
+        folder = place / "pretrained" / f"rank_{rank}"
+        folder.mkdir(parents=True)
+        (Path(files["base"]) / f"rank_{rank}" / "tuned-1_3.ckpt").rename(folder / "model-10_500.ckpt")
+    strategies = {"pretrained": runs["base"].strategy, "tuned": runs[8].strategy}
+    strategies["four"] = Run(tmp_path / "four.ckpt", 2, 2, tuned=True).strategy
+    for name, path in strategies.items():
+        (place / f"{name}.strategy.ckpt").write_bytes(Path(path).read_bytes())
+    page = (Path(__file__).parent.parent.parent / "docs" / "distributed-checkpoints.md").read_text()
+    network = make(tuned=True)
+    names = {
+        "network": network,
+        "rank": 0,
+        "base_files": [str(place / "pretrained" / f"rank_{rank}" / "model-10_500.ckpt") for rank in range(8)],
+        "tuned_files": in_order_of_rank(place / "tuned"),
+    }
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+            exec(block.replace("/runs", str(place)).replace('"my-delta"', repr(str(tmp_path / "delta"))), names)
+            if "report = " in block:
+                assert capsys.readouterr().out.strip() == re.search(r"print\(report\)  # (.*)", block)[1]
+                assert_same(numbers(network), expected(tuned))
+    finally:
+        ms.reset_auto_parallel_context()
+    assert_same(numbers(network), expected(tuned))
+    assert [Path(path).name for path in names["four"]] == [
+        "delta0.safetensors",
+        *(f"delta{n}.safetensors" for n in (1, 2, 3)),
+    ]

@@ -69,15 +69,20 @@ def finetune(
       mindpet finetune run.yaml
 
       mindpet finetune run.yaml method.name=adapter train.epochs=3 output.directory=runs/adapter
+
+      mindpet finetune run.yaml parallel.processes=2
     """
     with _readable_errors():
         from mindpet.cli.screen import Screen, print_report
         from mindpet.train.config import load_run
 
         config = load_run(run_file, overrides)
-        from mindpet.train import run
+        from mindpet.parallel.group import join, launched
+        from mindpet.train import launch, run
 
-        screen = Screen()
+        if launch.commissioned():
+            raise typer.Exit(launch.work(config, resume, overwrite))
+        screen = Screen(quiet=launched() and not join().leads)  # msrun's own processes: the first one speaks
         report = run.finetune(config, screen, resume=resume, overwrite=overwrite)
         print_report(screen.console, report, Path(config.output.directory))
 

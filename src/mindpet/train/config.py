@@ -109,7 +109,7 @@ class TrainSection(_Section):
 
     epochs: Count = Field(5, ge=1, description="passes over the training data")
     max_steps: Count | None = Field(None, ge=1, description="stop after so many steps, whatever 'epochs' says")
-    batch_size: Count = Field(32, ge=1, description="samples in a forward pass")
+    batch_size: Count = Field(32, ge=1, description="samples in a forward pass, of all processes together")
     accumulate: Count = Field(
         1, ge=1, description="forward passes in a step: the gradient is the mean over all of them"
     )
@@ -137,6 +137,14 @@ class TrainSection(_Section):
     seed: Count = Field(0, ge=0, le=2**32 - 1, description="of everything random: split, order, start, dropout")
     mode: Literal["graph", "pynative"] = Field(
         "graph", description="graph compiles first and is faster; pynative is easier to debug"
+    )
+
+
+class ParallelSection(_Section):
+    """Several processes that train together, each on its part of every batch; the result is that of one."""
+
+    processes: Count = Field(
+        1, ge=1, description="how many; above 1 they are started on this machine. Under msrun, msrun says how many"
     )
 
 
@@ -173,6 +181,7 @@ class RunConfig(_Section):
     method: MethodSection = MethodSection()
     data: DataSection
     train: TrainSection = TrainSection()
+    parallel: ParallelSection = ParallelSection()
     output: OutputSection = OutputSection()
     compare: CompareSection = CompareSection()
 
@@ -182,6 +191,11 @@ class RunConfig(_Section):
             raise ValueError("data.holdout must be a share below 1 or a whole number of rows")
         if self.data.messages is not None and (self.data.prompt is not None or self.data.response is not None):
             raise ValueError("data.messages goes without data.prompt and data.response: a row is one or the other")
+        if self.parallel.processes > self.train.batch_size:
+            raise ValueError(
+                f"parallel.processes={self.parallel.processes} have no row each in a train.batch_size of "
+                f"{self.train.batch_size}, which is that of all of them together"
+            )
         return self
 
 

@@ -12,6 +12,7 @@ import mindspore.dataset as msds
 import numpy as np
 
 from mindpet.delta.r_drop import IGNORED
+from mindpet.parallel.group import ALONE, Group
 
 _NAMED = 5  # broken rows that are named; the rest is counted
 
@@ -249,15 +250,23 @@ class Encoded:
             total.update(self.columns[name].tobytes())
         return total.hexdigest()
 
-    def batches(self, order: np.ndarray, batch_size: int, skip: int = 0) -> Iterator[dict[str, np.ndarray]]:
-        """Batches of `batch_size` rows in that order, through MindSpore's pipeline, the first `skip` left out."""
+    def batches(
+        self, order: np.ndarray, batch_size: int, skip: int = 0, group: Group = ALONE
+    ) -> Iterator[dict[str, np.ndarray]]:
+        """Batches of `batch_size` rows in that order, through MindSpore's pipeline, the first `skip` left out.
+
+        Of each batch only the part of this process of `group`.
+        """
         if skip * batch_size >= len(order):
             return
-        missing = -len(order) % batch_size
-        filled = [int(index) for index in order[skip * batch_size :]] + [self.count] * missing
-        rows = {name: values[filled] for name, values in self.columns.items()}
+        part = group.part_of(batch_size)
+        wanted = np.asarray(order[skip * batch_size :], np.int64)
+        filled = np.pad(wanted, (0, -len(wanted) % batch_size), constant_values=self.count).reshape(-1, batch_size)
+        filled = np.pad(filled, ((0, 0), (0, group.size * part - batch_size)), constant_values=self.count)
+        chosen = filled[:, group.rank * part : (group.rank + 1) * part].reshape(-1)
+        rows = {name: values[chosen] for name, values in self.columns.items()}
         pipeline = msds.NumpySlicesDataset(rows, shuffle=False, num_parallel_workers=1)
-        yield from pipeline.batch(batch_size).create_dict_iterator(num_epochs=1, output_numpy=False)
+        yield from pipeline.batch(part).create_dict_iterator(num_epochs=1, output_numpy=False)
 
 
 def encode(tokenizer: Any, rows: Rows, labels: list[str], max_length: int, length: int | None = None) -> Encoded:

@@ -16,17 +16,23 @@ import numpy as np
 from mindspore import Parameter, Tensor, jit, nn, ops
 from mindspore import dtype as mstype
 
+from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.graph.inject import replace_cell
 from mindpet.graph.targets import cells_by_path
+from mindpet.parallel.group import ALONE, Group
 
 _POOL = 1 << 20  # words, for rows from its start and for columns from its end
 
 
 class ResumableDropout(nn.Cell):
-    """Dropout whose mask at each step follows from one row of `keys`."""
+    """Dropout whose mask at each step follows from one row of `keys`.
 
-    def __init__(self, p: float, words: Parameter, keys: Parameter, site: int):
+    Process `rank` of several, with `part` of the `whole` rows of a batch, has its part of the mask of the whole batch.
+    """
+
+    def __init__(self, p: float, words: Parameter, keys: Parameter, site: int, rank: int, part: int, whole: int):
         super().__init__(auto_prefix=False)
+        self.rank, self.part, self.whole = rank, part, whole
         self.words, self.keys = words, keys
         self.site = site
         self.threshold = Tensor(int(-(2**31) + p * 2**32), mstype.int32)
@@ -35,33 +41,48 @@ class ResumableDropout(nn.Cell):
     def construct(self, x):
         if not self.training:
             return x
-        return x * _kept(self.words, self.keys[self.site], self.threshold, self.scale, x.shape).astype(x.dtype)
+        place = self.rank, self.part, self.whole
+        return x * _kept(self.words, self.keys[self.site], self.threshold, self.scale, x.shape, place).astype(x.dtype)
 
 
 @jit  # one call rather than eight in PyNative mode; graph mode compiles it in
-def _kept(words, key, threshold, scale, shape):
+def _kept(words, key, threshold, scale, shape, place):
     """What to multiply an input of that shape by: 0, or 1 / (1 - p)."""
+    rank, part, whole = place
     columns = shape[-1]
     rows = 1
     for size in shape[:-1]:
         rows = rows * size
     count = rows * columns
-    if rows > _POOL // 2 or columns > _POOL // 2:  # any other shape of the same size will do
+    begin = rank * rows  # in the rows of the whole batch
+    skipped = 0
+    if rows * whole > _POOL // 2 * part or columns > _POOL // 2:  # any other shape of the same size will do
+        begin = rank * count // 4096
+        skipped = rank * count - begin * 4096
         columns = 4096
-        rows = (count + columns - 1) // columns
-    row_words = (words[:rows] * key[0]).reshape((rows, 1))
+        rows = (skipped + count + columns - 1) // columns
+    row_words = (words[begin : begin + rows] * key[0]).reshape((rows, 1))
     word = row_words * words[_POOL - columns :] + key[1]  # (rows, columns)
     kept = ops.greater_equal(word, threshold).astype(mstype.float32) * scale
     if rows * columns != count:
-        kept = kept.reshape((-1,))[:count]
+        kept = kept.reshape((-1,))[skipped : skipped + count]
     return kept.reshape(shape)
 
 
 class DropoutKeys:
-    """All resumable dropouts of a network, and the setting of their keys for a step."""
+    """All resumable dropouts of a network, and the setting of their keys for a step.
 
-    def __init__(self, network: nn.Cell, seed: int):
+    Args:
+        network: its dropouts are replaced.
+        seed: of all masks.
+        batch_size: rows of a batch, those of all processes of `group` together.
+        group: each of its processes drops in its rows what one process alone would.
+    """
+
+    def __init__(self, network: nn.Cell, seed: int, batch_size: int = 1, group: Group = ALONE):
         sites = dropouts(network)
+        shared_by_all = [f"{path}." for path, cell in cells_by_path(network).items() if isinstance(cell, PrefixSlot)]
+        part = group.part_of(batch_size)
         self.seed, self.count = seed, len(sites)
         if not sites:
             return
@@ -70,7 +91,9 @@ class DropoutKeys:
         shared = Parameter(Tensor(words), name="mindpet_dropout_words", requires_grad=False)
         self.keys = Parameter(Tensor(self._words_for(0)), name="mindpet_dropout_keys", requires_grad=False)
         for site, (path, cell) in enumerate(sites.items()):
-            new = ResumableDropout(_probability(cell), shared, self.keys, site)
+            # a prefix belongs to no sample
+            place = (0, 1, 1) if path.startswith(tuple(shared_by_all)) else (group.rank, part, batch_size)
+            new = ResumableDropout(_probability(cell), shared, self.keys, site, *place)
             new.set_train(cell.training)
             replace_cell(network, path, new)
         shared.name, self.keys.name = "mindpet_dropout_words", "mindpet_dropout_keys"

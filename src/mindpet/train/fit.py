@@ -1,7 +1,9 @@
 """The training loop: steps, evaluations, saves, and going on where a run stopped."""
 
+import hashlib
 import json
 import math
+import os
 import shlex
 import signal
 import threading
@@ -19,6 +21,7 @@ from mindspore import Parameter, Tensor, nn
 from mindpet import _files
 from mindpet.graph.deltas import save_delta
 from mindpet.kernels import accelerate
+from mindpet.parallel.group import ALONE, Group
 from mindpet.train.config import TrainSection
 from mindpet.train.data import Encoded
 from mindpet.train.dropout import DropoutKeys
@@ -143,6 +146,7 @@ class Fit:
         scorer: scores the network on the held-out rows.
         reporter: is told what happens.
         save: writes the delta of the best evaluation; given the network and a directory.
+        group: the processes that train together; the first of them writes and reports.
     """
 
     def __init__(
@@ -156,24 +160,25 @@ class Fit:
         scorer: Scorer,
         reporter: Reporter | None = None,
         save: Callable[[nn.Cell, Path], None] = partial(save_delta, hash_weights=True),  # noqa: B008
+        group: Group = ALONE,
     ):
         self.network, self.config, self.train, self.test = network, config, train, test
         self.directory, self.reporter, self.save = directory, reporter or Reporter(), save
-        self.scorer = scorer
+        self.scorer, self.group = scorer, group
         self.tokens = (train.columns["attention_mask"] > 0).sum(1)  # in each row
         self.batches = -(-train.count // config.batch_size)
         self.steps_per_epoch = -(-self.batches // config.accumulate)
         self.total = config.max_steps or self.steps_per_epoch * config.epochs
         self.rates = learning_rates(config, peak_rate, self.total)
-        self.keys = DropoutKeys(network, config.seed)
+        self.keys = DropoutKeys(network, config.seed, config.batch_size, group)
         parameters = list(network.trainable_params())
         self.optimizer = build_optimizer(config, parameters, self.rates)
         loss = accelerate(SummedLoss(network, config.r_drop_alpha))
         if config.accumulate == 1:
-            self.one_step = TrainStep(loss, self.optimizer, config.clip_norm)
+            self.one_step = TrainStep(loss, self.optimizer, config.clip_norm, group.size)
         else:
             self.accumulate = AccumulateStep(loss, self.optimizer)
-            self.apply = AppliedStep(self.accumulate, self.optimizer, config.clip_norm)
+            self.apply = AppliedStep(self.accumulate, self.optimizer, config.clip_norm, group.size)
         self.progress, self.saved_step = Progress(), 0
         self.digest = f"{train.digest()} {test.digest()}"
         self._stop: str | None = None
@@ -190,18 +195,21 @@ class Fit:
         if resume:
             self._restore()
             kept = [line for line in read_metrics(metrics) if line["step"] <= self.progress.step]
-            _files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept))
-        else:
-            _files.write_text(metrics, "")
+            self.group.wait()  # until all have read it
+        if self.group.leads:
+            _files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept) if resume else "")
+        if not resume:
             self._save()  # from here on a kill can be resumed
-        self.reporter.start(self.progress.step, self.total)
+        self.group.require_same(self._trained_digest(), "model or seed")
         try:
-            with _stop_on_signals(self), open(metrics, "a", encoding="utf-8") as log:
+            place = metrics if self.group.leads else os.devnull
+            with _stop_on_signals(self), open(place, "a", encoding="utf-8") as log:
+                self.reporter.start(self.progress.step, self.total)
                 for record in self._steps(log):
                     self.reporter.step(record)
         finally:
             self.reporter.stop()
-        if not (self.config.keep_best and self.progress.best_step):
+        if self.group.leads and not (self.config.keep_best and self.progress.best_step):
             self.save(self.network, self.directory / "delta")
         return self.progress
 
@@ -209,7 +217,7 @@ class Fit:
         progress, config = self.progress, self.config
         while progress.step < self.total and not self._patience_is_over():
             order = np.random.default_rng([config.seed, progress.epoch, 3]).permutation(self.train.count)
-            batches = self.train.batches(order, config.batch_size, skip=progress.batch)
+            batches = self.train.batches(order, config.batch_size, progress.batch, self.group)
             self.network.set_train(True)
             begun, samples, tokens = time.monotonic(), 0, 0
             for batch in batches:
@@ -265,14 +273,15 @@ class Fit:
             record = {"step": progress.step, **scores.as_record()}
             if best:
                 progress.best, progress.best_step = scores.merit, progress.step
-                if config.keep_best:
+                if config.keep_best and self.group.leads:
                     self.save(self.network, self.directory / "delta")
             _log(log, record)
             self.reporter.evaluation(record, best)
             enough = self._patience_is_over()
-        if self._stop or end or enough or progress.step % config.save_every == 0:
+        stop = self.group.any(self._stop is not None)
+        if stop or end or enough or progress.step % config.save_every == 0:
             self._save()
-        if self._stop:
+        if stop:
             raise Interrupted(
                 f"Stopped after step {progress.step} of {self.total}; it is saved.\n"
                 f"Go on with: mindpet finetune {shlex.quote(str(self.directory / 'run.yaml'))} --resume"
@@ -310,10 +319,17 @@ class Fit:
         own = {f"optimizer/{p.name}": p for p in self.optimizer.get_parameters() if id(p) not in known}
         return {**trained, **own}
 
+    def _trained_digest(self) -> str:
+        total = hashlib.sha256(self.digest.encode())
+        for parameter in self.optimizer.parameters:
+            total.update(parameter.asnumpy().tobytes())
+        return total.hexdigest()
+
     def _save(self) -> None:
-        tensors = {name: parameter.asnumpy() for name, parameter in self._state().items()}
-        state = {**asdict(self.progress), "total": self.total, "data": self.digest}
-        _files.write_tensors(self.directory / CHECKPOINT, tensors, {"state": json.dumps(state)})
+        if self.group.leads:
+            tensors = {name: parameter.asnumpy() for name, parameter in self._state().items()}
+            state = {**asdict(self.progress), "total": self.total, "data": self.digest}
+            _files.write_tensors(self.directory / CHECKPOINT, tensors, {"state": json.dumps(state)})
         self.saved_step = self.progress.step
 
     def _restore(self) -> None:

@@ -10,6 +10,7 @@ from mindspore import nn
 
 from mindpet.delta.r_drop import IGNORED
 from mindpet.kernels import accelerate
+from mindpet.parallel.group import ALONE, Group
 from mindpet.train.data import Encoded
 from mindpet.train.step import SummedScores
 
@@ -86,33 +87,33 @@ class LanguageScores:
 Scorer = Callable[[Encoded, int], Scores | LanguageScores]  # of rows, so many at a time
 
 
-def scorer(network: nn.Cell, task: str) -> Scorer:
-    """What scores a network on rows, without dropout."""
+def scorer(network: nn.Cell, task: str, group: Group = ALONE) -> Scorer:
+    """What scores a network on rows, without dropout; each process of `group` a part of them, all with the result."""
     if task == "classification":
         return lambda rows, batch_size: score(
-            predict_logits(network, rows, batch_size), rows.columns["labels"][: rows.count]
+            predict_logits(network, rows, batch_size, group), rows.columns["labels"][: rows.count]
         )
     sums = accelerate(SummedScores(network))
-    return lambda rows, batch_size: score_tokens(sums, rows, batch_size)
+    return lambda rows, batch_size: score_tokens(sums, rows, batch_size, group)
 
 
-def score_tokens(sums: SummedScores, rows: Encoded, batch_size: int) -> LanguageScores:
+def score_tokens(sums: SummedScores, rows: Encoded, batch_size: int, group: Group = ALONE) -> LanguageScores:
     """Scores over all tokens that count; the logits of no more than one batch are held."""
     sums.set_train(False)
     total = np.zeros(3)
-    for batch in rows.batches(np.arange(rows.count), batch_size):
+    for batch in rows.batches(group.share(rows.count), group.part_of(batch_size)):
         total += [float(value) for value in sums(*batch.values())]
-    loss, hits, count = total
+    loss, hits, count = group.gather(total).sum(0)
     return LanguageScores(float(loss / count), float(hits / count), int(count))
 
 
-def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int) -> np.ndarray:
+def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int, group: Group = ALONE) -> np.ndarray:
     """Logits ``(rows, labels)`` without dropout, in the order of the rows."""
     network.set_train(False)
-    outputs = [
-        network(*list(batch.values())[:-1]).asnumpy() for batch in rows.batches(np.arange(rows.count), batch_size)
-    ]
-    return np.concatenate(outputs)[: rows.count].astype(np.float64)
+    own = group.share(rows.count)
+    outputs = [network(*list(batch.values())[:-1]).asnumpy() for batch in rows.batches(own, group.part_of(batch_size))]
+    together = group.gather(np.concatenate(outputs)[: len(own)])  # (processes, rows of each, labels)
+    return together.reshape(-1, together.shape[-1])[: rows.count].astype(np.float64)
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:

@@ -19,12 +19,14 @@ from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import inject
 from mindpet.kernels import accelerate
 from mindpet.models.pretrained import family_of, open_pretrained
+from mindpet.parallel.group import join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
 from mindpet.train.fit import CHECKPOINT, CannotResume, Fit, Reporter, read_metrics
+from mindpet.train.launch import launch
 from mindpet.train.metrics import LanguageScores, Scores, predict_logits, probabilities, scorer
-from mindpet.train.prepare import held_out, open_model, prepare
+from mindpet.train.prepare import Prepared, held_out, open_model, prepare
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
 FULL_LEARNING_RATE = 1e-4
@@ -119,8 +121,14 @@ def finetune(
     reporter = reporter or Reporter()
     config = with_absolute_paths(config)
     directory = Path(config.output.directory)
-    _check_directory(config, directory, resume, overwrite)
+    check_directory(config, directory, resume, overwrite)
+    if config.parallel.processes > 1 and not launched():
+        prepare(config, Reporter())  # what is wrong with the data is said at once, not by each process
+        return launch(config, reporter, resume, overwrite)
     begun = time.monotonic()
+    group = join()
+    if group.size > config.train.batch_size:
+        raise RunFileError(f"train.batch_size={config.train.batch_size} is less than a row for {group.size} processes.")
     prepared = prepare(config, reporter)
     network = build_network(config, prepared.labels)
     trainable = sum(parameter.size for parameter in network.trainable_params())
@@ -131,30 +139,28 @@ def finetune(
         f"({trainable / total:.2%}). Compiling takes 5 to 60 seconds."
     )
     rows = prepared.train, prepared.test
-    scores = scorer(network, prepared.task)
-    fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter)
+    scores = scorer(network, prepared.task, group)
+    fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter, group=group)
     directory.mkdir(parents=True, exist_ok=True)
+    group.wait()  # all have looked at the directory
     if not resume:
-        for name in (
-            "run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png", "labels.json"
-        ):  # fmt: skip
-            (directory / name).unlink(missing_ok=True)
-        for name in ("delta.safetensors", "delta.json"):
-            (directory / "delta" / name).unlink(missing_ok=True)
-        if prepared.labels:
-            _files.write_json(directory / "labels.json", prepared.labels)
-        _files.write_json(directory / "data.json", {"held_out": prepared.test.digest()})
+        if group.leads:
+            _begin_directory(directory, prepared)
         before = fit.evaluate().as_record()
-        _files.write_json(directory / "before.json", before)
-        _files.write_text(directory / "run.yaml", as_yaml(config))
+        if group.leads:
+            _files.write_json(directory / "before.json", before)
+            _files.write_text(directory / "run.yaml", as_yaml(config))
     else:
         before = _files.read_json(directory / "before.json", CannotResume)
     try:
         progress = fit.run(resume)
     finally:
-        records = read_metrics(directory / "metrics.jsonl")
+        records = read_metrics(directory / "metrics.jsonl") if group.leads else []
         if records:
             draw_curve(records, directory / "curve.png", _title(config, trainable / total))
+    if not group.leads:
+        group.wait()
+        return _files.read_json(directory / "report.json")
     scored = [record for record in records if "evaluation_loss" in record]
     kept = progress.best_step if config.train.keep_best and progress.best_step else progress.step
     after = next((record for record in reversed(scored) if record["step"] == kept), scored[-1])
@@ -167,6 +173,7 @@ def finetune(
         "task": prepared.task,
         "rows": {"train": prepared.train.count, "test": prepared.test.count},
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+        "processes": group.size,
         "delta_bytes": size_of(directory / "delta"),
         "model_bytes": size_of(Path(config.model.path)),
         "static_memory_bytes": weights + fit.state_bytes,
@@ -177,7 +184,19 @@ def finetune(
     if prepared.task == "language":
         report["tokens"] = {"train": prepared.train.labelled, "test": prepared.test.labelled}
     _files.write_json(directory / "report.json", report)
+    group.wait()
     return report
+
+
+def _begin_directory(directory: Path, prepared: Prepared) -> None:
+    """Nothing of an older run stays; labels, and which rows are held out, are written down."""
+    for name in ("run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png", "labels.json"):
+        (directory / name).unlink(missing_ok=True)
+    for name in ("delta.safetensors", "delta.json"):
+        (directory / "delta" / name).unlink(missing_ok=True)
+    if prepared.labels:
+        _files.write_json(directory / "labels.json", prepared.labels)
+    _files.write_json(directory / "data.json", {"held_out": prepared.test.digest()})
 
 
 def read_run(directory: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -272,7 +291,12 @@ def _title(config: RunConfig, share: float) -> str:
     return f"{config.method.name} on {Path(config.model.path).name}: {share:.2%} of the parameters train"
 
 
-def _check_directory(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
+def check_directory(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
+    """Refuse to write over a run, or to go on where there is none or another one.
+
+    Raises:
+        RunFileError, CannotResume: with what can be done.
+    """
     there = directory / "run.yaml"
     if not resume:
         if there.exists() and not overwrite:

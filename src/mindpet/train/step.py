@@ -61,17 +61,44 @@ class SummedScores(nn.Cell):
         return loss, hits.astype(mstype.float32).sum(), counted.astype(mstype.float32).sum()
 
 
+class SummedOverProcesses(nn.Cell):
+    """Gradients, loss and count summed over all processes, in one message; as they are where there is one process."""
+
+    def __init__(self, processes: int):
+        super().__init__(auto_prefix=False)
+        self.processes = processes
+        if processes > 1:
+            self.all_reduce = ops.AllReduce()
+
+    def construct(self, gradients, total, count):
+        if self.processes == 1:
+            return gradients, total, count
+        flat: tuple = ()
+        for gradient in gradients:
+            flat += (gradient.astype(mstype.float32).reshape((-1,)),)
+        summed = self.all_reduce(ops.concat((*flat, total.reshape((1,)), count.reshape((1,)))))
+        outputs: tuple = ()
+        begin = 0
+        for gradient in gradients:
+            end = begin + gradient.size
+            outputs += (summed[begin:end].reshape(gradient.shape).astype(gradient.dtype),)
+            begin = end
+        return outputs, summed[begin], summed[begin + 1]
+
+
 class TrainStep(nn.Cell):
     """Gradient, mean over the labels that count, clipping to a global norm, update. Returns (mean loss, norm)."""
 
-    def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float):
+    def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float, processes: int = 1):
         super().__init__(auto_prefix=False)
         self.optimizer = optimizer
         self.gradient = ops.value_and_grad(loss, None, optimizer.parameters, has_aux=True)
+        self.sum = SummedOverProcesses(processes)
         self.update = ClippedUpdate(optimizer, clip_norm)
 
     def construct(self, *columns):
         (total, count), gradients = self.gradient(*columns)
+        gradients, total, count = self.sum(gradients, total, count)
         norm = self.update(gradients, count)
         return ops.depend(total / count, norm), norm
 
@@ -97,16 +124,18 @@ class AccumulateStep(nn.Cell):
 class AppliedStep(nn.Cell):
     """One update from the buffers of an :class:`AccumulateStep`, which it empties. Returns (mean loss, norm)."""
 
-    def __init__(self, accumulated: AccumulateStep, optimizer: nn.Optimizer, clip_norm: float):
+    def __init__(self, accumulated: AccumulateStep, optimizer: nn.Optimizer, clip_norm: float, processes: int = 1):
         super().__init__(auto_prefix=False)
+        self.sum = SummedOverProcesses(processes)
         self.optimizer = optimizer
         self.buffers, self.total, self.count = accumulated.buffers, accumulated.total, accumulated.count
         self.update = ClippedUpdate(optimizer, clip_norm)
         self.each = ops.HyperMap()
 
     def construct(self):
-        mean = self.total / self.count
-        norm = self.update(self.buffers, self.count)
+        gradients, total, count = self.sum(self.buffers, self.total, self.count)
+        mean = total / count
+        norm = self.update(gradients, count)
         mean = ops.depend(mean, norm)
         emptied = self.each(_set_to_zero, ops.depend(self.buffers, norm))
         emptied = ops.depend(ops.assign(self.total, Tensor(0.0, mstype.float32)), (emptied, mean))

@@ -7,10 +7,8 @@ import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from mindpet._checks import NothingFitsError
 from mindpet.train.comparison.cells import Cell, Watcher
 from mindpet.train.config import as_yaml
 from mindpet.train.fit import Interrupted
+from mindpet.train.processes import cores, wishes_to_stop
 
 _PROGRESS = re.compile(r"step (\d+)/(\d+)\b.*?([\d.]+) s left")
 _SHOWN = 8  # last lines of a failed run
@@ -69,11 +68,6 @@ def _environment(jobs: int) -> dict[str, str]:
     return {**environment, "COLUMNS": "120"}
 
 
-def cores() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class CellRunner:
     """Runs cells, `jobs` at a time, each in its own process.
 
@@ -102,7 +96,7 @@ class CellRunner:
             Interrupted: on SIGINT or SIGTERM, after the running cells have saved.
         """
         waiting, running = list(cells), list[_Process]()
-        with _wishes_to_stop() as wishes:
+        with wishes_to_stop() as wishes:
             try:
                 while (waiting or running) and not wishes:
                     while waiting and len(running) < self.jobs and not wishes:
@@ -204,22 +198,6 @@ class CellRunner:
         for one in running:
             one.process.kill()  # does nothing to those that have ended
             one.process.wait()
-
-
-@contextmanager
-def _wishes_to_stop() -> Iterator[list[int]]:
-    """SIGINT and SIGTERM as they come, in a list: an exception could come when a process has begun but has no name."""
-    wishes: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield wishes
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda number, _: wishes.append(number)) for number in numbers]
-    try:
-        yield wishes
-    finally:
-        for number, handler in zip(numbers, previous):
-            signal.signal(number, handler)
 
 
 def _beginning(cell: Cell) -> str:

@@ -1,0 +1,28 @@
+"""What commands that start processes of their own have in common."""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+def cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextmanager
+def wishes_to_stop() -> Iterator[list[int]]:
+    """SIGINT and SIGTERM as they come, in a list: an exception could come when a process has begun but has no name."""
+    wishes: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield wishes
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = [signal.signal(number, lambda number, _: wishes.append(number)) for number in numbers]
+    try:
+        yield wishes
+    finally:
+        for number, handler in zip(numbers, previous):
+            signal.signal(number, handler)
