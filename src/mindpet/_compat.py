@@ -24,6 +24,11 @@ def device_target() -> str:
     return ms.get_context("device_target")
 
 
+def in_graph_mode() -> bool:
+    """Whether whole networks are compiled."""
+    return ms.get_context("mode") == ms.GRAPH_MODE
+
+
 def in_parallel_compile_mode() -> bool:
     """Whether operators are cut by their strategies: only these two modes read them."""
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")

@@ -13,9 +13,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 
-def call(library, name, *inputs, shape):
-    """What the Custom operator of that name returns."""
-    arrays = [np.ascontiguousarray(value) for value in inputs] + [np.empty(shape, np.float32)]
+def call(library, name, *inputs, shape, more=()):
+    """What the Custom operator of that name returns; with `more` shapes, all its outputs as one vector."""
+    outputs = [np.empty(one, np.float32) for one in (shape, *more)]
+    arrays = [np.ascontiguousarray(value) for value in inputs] + outputs
     count = len(arrays)
     shapes = [(ctypes.c_int64 * array.ndim)(*array.shape) for array in arrays]
     code = getattr(library, name)(
@@ -29,7 +30,7 @@ def call(library, name, *inputs, shape):
     )
     if code:
         raise ValueError(f"{name} returned {code}")
-    return arrays[-1]
+    return np.concatenate([each.reshape(-1) for each in outputs]) if more else outputs[0]
 
 
 def digests(library):
@@ -44,6 +45,12 @@ def digests(library):
     labels = generator.integers(-1, columns, rows).astype(np.int32)
     losses = generator.standard_normal(rows, np.float32)
     same, last = (rows, columns), (columns,)
+    words = generator.integers(-(2**31), 2**31, 1 << 12).astype(np.int32)
+    keys = np.array([77, 99, -(2**30), 0], np.int32)
+    query = generator.standard_normal((3, 150, 120), np.float32)
+    key, value = (generator.standard_normal((3, 70, 40), np.float32) for _ in range(2))
+    hidden = generator.standard_normal((3, 1, 1, 70), np.float32)
+    attention = (query, key, value, hidden, words, keys, np.array([6, 2], np.int32), np.array([0.2, 1.3], np.float32))
     calls = {
         "gelu_forward": ((x,), same),
         "gelu_backward": ((x, dy), same),
@@ -62,10 +69,15 @@ def digests(library):
         "softmax_backward": ((scores, slopes), scores.shape),
         "cross_entropy_forward": ((x, labels), (rows,)),
         "cross_entropy_backward": ((x, labels, losses), same),
+        "dropout_apply": ((x, words, keys, epsilon), same),
+        "dense_forward": ((x, up), (rows, rows)),
+        "dense_backward": ((x.T, x), (columns, columns)),
+        "attention_forward": (attention, query.shape),
+        "attention_backward": ((*attention, query, query), query.shape, (key.shape, key.shape)),
     }
     return {
-        name: hashlib.sha256(call(library, name, *inputs, shape=shape).tobytes()).hexdigest()[:16]
-        for name, (inputs, shape) in calls.items()
+        name: hashlib.sha256(call(library, name, *inputs, shape=shape, more=more).tobytes()).hexdigest()[:16]
+        for name, (inputs, shape, more) in ((name, (*each, ())[:3]) for name, each in calls.items())
     }
 
 

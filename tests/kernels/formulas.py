@@ -33,6 +33,36 @@ def masked_softmax(scores, mask):
     return e / e.sum(-1, keepdims=True)
 
 
+def kept(words, keys, rows, columns):
+    """The mask of dropout, 0 or 1: in 32 bits that wrap around."""
+    a, b, threshold, rank = (int(key) for key in keys)
+    with np.errstate(over="ignore"):
+        row = words[rank * rows : (rank + 1) * rows].astype(np.int32) * np.int32(a)
+        word = row[:, np.newaxis] * words[-columns:].astype(np.int32) + np.int32(b)
+    return (word >= threshold).astype(np.float64)
+
+
+def dropout(x, words, keys, factor=1.25):
+    return x * kept(words, keys, x.size // x.shape[-1], x.shape[-1]).reshape(x.shape) * factor
+
+
+def product(x, weight):
+    return x @ weight.T
+
+
+def attention(query, key, value, mask, words, keys, heads=6, groups=2, scale=0.3, factor=1.25):
+    batch, queries, dim = query.shape[0], query.shape[1], query.shape[2] // heads
+
+    def split(x):
+        return x.reshape(batch, x.shape[1], -1, dim).transpose(0, 2, 1, 3)
+
+    key, value = (split(part).repeat(heads // groups, 1) for part in (key, value))
+    weights = masked_softmax(split(query) @ key.transpose(0, 1, 3, 2) * scale, mask)
+    if words.size > 1:
+        weights = weights * kept(words, keys, batch * heads * queries, key.shape[2]).reshape(weights.shape) * factor
+    return (weights @ value).transpose(0, 2, 1, 3).reshape(batch, queries, -1)
+
+
 def cross_entropy(logits, labels):
     e = logits - logits.max(-1, keepdims=True)
     losses = np.log(np.exp(e).sum(-1)) - e[np.arange(len(labels)), np.maximum(labels, 0)]

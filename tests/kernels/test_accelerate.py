@@ -69,7 +69,9 @@ def assert_same(found, expected):
 
 
 def fast_cells(network):
-    return [path for path, cell in cells_by_path(network).items() if type(cell).__name__.startswith("Fast")]
+    """All but the products of dense layers, and what attention keeps for inputs that the kernel does not take."""
+    fast = [path for path, cell in cells_by_path(network).items() if type(cell).__name__.startswith("Fast")]
+    return [path for path in fast if not path.endswith((".matmul", ".core.original.softmax"))]
 
 
 def lora(network):
@@ -91,8 +93,52 @@ def test_same_logits_and_gradients(order, way, mode):
     expected = logits_and_gradients(randomise_deltas(WAYS[way](tiny_bert())))
     network = tiny_bert()
     network = WAYS[way](mindpet.accelerate(network)) if order == "before" else mindpet.accelerate(WAYS[way](network))
-    assert len(fast_cells(network)) == 5  # three norms, a softmax and a GELU
+    assert len(fast_cells(network)) == 5  # three norms, an attention and a GELU
     assert_same(logits_and_gradients(randomise_deltas(network)), expected)
+
+
+class Wide(nn.Cell):
+    """Dense layers whose products are worth a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Dense(160, 300), nn.Dense(300, 160)
+
+    def construct(self, x):
+        return self.down(ops.tanh(self.up(x)))
+
+
+class SquareSum(nn.Cell):
+    def __init__(self, network):
+        super().__init__(auto_prefix=False)
+        self.network = network
+
+    def construct(self, x):
+        return ops.square(self.network(x)).sum()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_products_of_dense_layers(mode, adapted, rng):
+    """In graph mode by the kernel: outputs, and gradients of inputs and weights, frozen or not."""
+    ms.set_seed(1)
+    network = Wide()
+    if adapted:
+        randomise_deltas(mindpet.inject(network, LoRAConfig(rank=4, targets=["up", "down"])))
+    x = Tensor(rng.standard_normal((5, 7, 160)), ms.float32)
+    gradient = ops.value_and_grad(SquareSum(network), 0, ms.ParameterTuple(network.trainable_params()))
+    value, (for_x, for_weights) = gradient(x)
+    mindpet.accelerate(network)
+    assert any(path.endswith("matmul") for path in cells_by_path(network)) == (mode == "graph")
+    again = ops.value_and_grad(SquareSum(network), 0, ms.ParameterTuple(network.trainable_params()))
+    fast, (fast_x, fast_weights) = again(x)
+    np.testing.assert_allclose(fast.asnumpy(), value.asnumpy(), rtol=1e-5)
+    for ours, theirs in zip((fast_x, *fast_weights), (for_x, *for_weights)):
+        scale = np.abs(theirs.asnumpy()).max()
+        np.testing.assert_allclose(ours.asnumpy() / scale, theirs.asnumpy() / scale, atol=2e-6)
+    if mode == "graph":
+        network.up.matmul.fast.forward = None  # the kernel, and nothing else
+        with pytest.raises(ValueError, match="not callable"):
+            network.set_train(not network.training)(x)
 
 
 def test_a_compiled_network_can_be_accelerated(mode):

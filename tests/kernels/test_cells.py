@@ -7,7 +7,7 @@ from mindspore import Tensor, nn, ops
 
 import mindpet
 from mindpet.kernels import build
-from mindpet.models.attention import MaskedSoftmax
+from mindpet.models.attention import DotProductAttention, MaskedSoftmax
 from mindpet.models.gpt2 import GELUTanh
 from mindpet.models.llama import RMSNorm, SwiGLU
 from mindpet.train.step import CrossEntropy, SummedLoss
@@ -23,6 +23,7 @@ CELLS = {  # how to make the Cell, and the shapes of its inputs; an int32 stands
     "gated_silu": (SwiGLU, [(3, 8), (3, 8)]),
     "masked_softmax": (MaskedSoftmax, [(2, 2, 3, 8), (2, 1, 1, 8)]),
     "cross_entropy": (CrossEntropy, [(3, 8), "labels"]),
+    "attention": (lambda: DotProductAttention(4, 2, 2, 0.0), [(2, 3, 8), (2, 5, 4), (2, 5, 4), (2, 1, 1, 5)]),
 }
 
 
@@ -64,7 +65,7 @@ class Marked(nn.Cell):
 @pytest.mark.parametrize("name", CELLS)
 def test_float32_of_known_shapes_goes_to_the_kernel(name, mode, rng):
     _, fast = plain_and_fast(name)
-    fast.cell.fast = Marked()
+    fast.cell.fast = fast.cell.whole = Marked()
     inputs = inputs_of(name, rng)
     assert (fast(*inputs).asnumpy() == 7.0).all()
     values, slope = ms.jit(ops.value_and_grad(fast, 0))(*inputs)

@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -28,7 +27,8 @@ def run(threads, *arguments):
 
 def test_every_kernel_is_the_same_to_the_bit():
     one = run("1")
-    exported = re.findall(r"^KERNEL (\w+)\(", Path(build.__file__).with_name("source.cpp").read_text(), re.MULTILINE)
+    sources = "".join(source.read_text() for source in build._SOURCES)
+    exported = re.findall(r"^KERNEL (\w+)\(", sources, re.MULTILINE)
     assert sorted(one[::2]) == sorted(exported)
     for threads in ("2", "3", "7", "nonsense"):
         assert run(threads) == one
@@ -49,7 +49,20 @@ def test_wrong_arguments_are_refused_and_not_read():
 
     library = ctypes.CDLL(str(build.library()))
     x, epsilon = np.zeros((2, 3), np.float32), np.ones(1, np.float32)
+    four, words, keys = np.zeros((1, 1, 1, 2), np.float32), np.zeros(8, np.int32), np.zeros(4, np.int32)
+    query, counts, factors = np.zeros((1, 2, 6), np.float32), np.array([3, 1], np.int32), np.ones(2, np.float32)
+    key = np.zeros((1, 2, 2), np.float32)
+    attention = (query, key, key, four, words[:1], keys, counts, factors)
+    others = (query[0], query, key[:, :1], four[..., :1], words[:3], keys[:3], np.array([3, 2], np.int32), factors[:1])
     wrong = [
+        ("dense_forward", (x, x[:, :2])),
+        ("dense_forward", (x, x[0])),
+        ("dense_backward", (x, x)),
+        ("dropout_apply", (x, words, keys[:3], epsilon)),
+        ("dropout_apply", (x, words[:2], keys, epsilon)),
+        ("dropout_apply", (x, words, np.array([1, 1, 1, 4], np.int32), epsilon)),
+        *(("attention_forward", (*attention[:at], other, *attention[at + 1 :])) for at, other in enumerate(others)),
+        ("attention_backward", (*attention, query, query)),  # three outputs, not one
         ("gelu_forward", (x.astype(np.float16),)),
         ("gelu_forward", (x, x)),
         ("gelu_backward", (x, x[:1])),

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mindspore import dtype as mstype
-from mindspore import nn
+from mindspore import nn, ops
 
 from mindpet import _checks, _compat
 from mindpet.graph.inject import replace_cells, require_in_place
@@ -14,6 +14,7 @@ from mindpet.kernels import build, cells
 _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "gelu_tanh": cells.FastGELUTanh,
     "masked_softmax": cells.FastMaskedSoftmax,
+    "attention": cells.FastAttention,
     "rms_norm": cells.FastRMSNorm,
     "gated_silu": cells.FastGatedSiLU,
     "cross_entropy": cells.FastCrossEntropy,
@@ -37,6 +38,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     - ``"gelu_tanh"``: ``construct(x)`` is the tanh form of GELU;
     - ``"masked_softmax"``: ``construct(scores, mask)`` is softmax(scores + mask) over the last of four axes; no
       gradient goes to the mask;
+    - ``"attention"``: as :class:`mindpet.models.attention.DotProductAttention`;
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative.
@@ -61,7 +63,13 @@ def accelerate(network: nn.Cell) -> nn.Cell:
         return network
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
     replacements = {}
+    done: tuple[str, ...] = ()  # what is fast already, with all that is in it
+    products = [_accelerate_product(cell) for cell in (network, *cells_by_path(network).values())]
     for path, cell in cells_by_path(network).items():
+        if path.startswith(done):
+            continue
+        if isinstance(cell, cells.Fast):
+            done = (*done, f"{path}.")
         make = _replacement(path, cell)
         if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
             continue
@@ -69,9 +77,23 @@ def accelerate(network: nn.Cell) -> nn.Cell:
             made[id(cell)] = make(cell)
             _compat.copy_recompute(cell, made[id(cell)])
         replacements[path] = made[id(cell)]
+        done = (*done, f"{path}.")
     if replacements:
         replace_cells(network, replacements)
+    elif any(products):
+        _compat.forget_compiled(network)
     return network
+
+
+def _accelerate_product(cell: nn.Cell) -> bool:
+    """The product of a dense layer. Only in graph mode: PyNative would compute the gradients of frozen weights."""
+    product: Any = vars(cell).get("matmul")
+    plain = isinstance(cell, nn.Dense) and type(product) is ops.MatMul
+    as_is = _compat.forced_dtype(cell) is None and _compat.in_graph_mode()
+    if plain and product.transpose_b and not product.transpose_a and as_is:
+        cell.matmul = cells.FastMatMul(product)
+        return True
+    return False
 
 
 def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:

@@ -19,7 +19,8 @@ from pathlib import Path
 from mindpet import _compat, _files
 
 _log = logging.getLogger("mindpet")
-_SOURCE = Path(__file__).with_name("source.cpp")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "dense.cpp"))
+_HEADER = Path(__file__).with_name("common.h")
 # NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wl,-z,nodelete"),
@@ -111,7 +112,9 @@ def _compiler() -> list[str]:
 
 
 def _digest(compiler: list[str]) -> str:
-    digest = hashlib.sha256(_SOURCE.read_bytes())
+    digest = hashlib.sha256()
+    for file in (_HEADER, *_SOURCES):
+        digest.update(file.read_bytes() + b"\0")
     for text in (_run([*compiler, "--version"]), repr(compiler), repr((_FLAGS, _MACHINE_FLAGS)), _processor()):
         digest.update(b"\0" + text.encode())
     return digest.hexdigest()[:16]
@@ -133,7 +136,7 @@ def _compile(compiler: list[str], path: Path) -> None:
         with _files.whole_file(path) as temporary:
             for flags in _MACHINE_FLAGS:
                 try:
-                    _run([*compiler, *_FLAGS, *flags, str(_SOURCE), "-o", str(temporary)])
+                    _run([*compiler, *_FLAGS, *flags, *map(str, _SOURCES), "-o", str(temporary)])
                     return
                 except KernelsUnavailable as error:
                     failures.append(str(error))
@@ -150,9 +153,15 @@ def _check(path: Path) -> None:
     if allowed and Path(os.path.realpath(allowed)) not in Path(os.path.realpath(path)).parents:
         raise KernelsUnavailable(f"{path} is outside of MS_CUSTOM_AOT_WHITE_LIST ({allowed}): set MINDPET_CACHE.")
     try:
-        ctypes.CDLL(str(path))
-    except OSError as error:
+        ctypes.CDLL(str(path)).mindpet_threads(_threads())
+    except (OSError, AttributeError) as error:
         raise KernelsUnavailable(f"{path} cannot be loaded ({error}): delete it.") from error
+
+
+def _threads() -> int:
+    """``OMP_NUM_THREADS`` as the user set it (MindSpore sets it, too, where only C sees it), else all processors."""
+    given = os.environ.get("OMP_NUM_THREADS", "")
+    return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
 def _run(command: list[str]) -> str:

@@ -5,14 +5,16 @@ They take the original's parameters, under the same names, and its arguments.
 
 from typing import Any
 
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore import nn, ops
 
 from mindpet import _compat
 from mindpet.kernels import operators
 
+_WORTHWHILE = 1 << 20  # multiplications of a product below which MindSpore's operator does as well
 
-class _Fast:
+
+class Fast:
     """A Cell with a kernel for some inputs and MindSpore's operators for the rest."""
 
     # Flags that `to_float` sets: in PyNative mode it casts what goes into operators, not what goes into Cells.
@@ -23,7 +25,7 @@ class _Fast:
         return x.dtype == mstype.float32 and _compat.is_known(x.shape) and not (self.fp16 or self.bf16)
 
 
-class FastGELU(_Fast, nn.GELU):
+class FastGELU(Fast, nn.GELU):
     """GELU, exact or in its tanh form."""
 
     def __init__(self, original: nn.GELU):
@@ -37,7 +39,7 @@ class FastGELU(_Fast, nn.GELU):
         return ops.gelu(x, approximate=self.approximate)
 
 
-class FastGELUTanh(_Fast, nn.Cell):
+class FastGELUTanh(Fast, nn.Cell):
     """GELU in its tanh form: `construct` takes (x)."""
 
     def __init__(self, original: nn.Cell):
@@ -50,7 +52,7 @@ class FastGELUTanh(_Fast, nn.Cell):
         return x * ops.sigmoid(1.5957691216 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2/pi); tanh is coarse on a CPU
 
 
-class FastLayerNorm(_Fast, nn.LayerNorm):
+class FastLayerNorm(Fast, nn.LayerNorm):
     """LayerNorm over the last axis, with the original's gamma and beta."""
 
     def __init__(self, original: nn.LayerNorm):
@@ -75,7 +77,7 @@ def _is_mask_of(mask, scores):
     return fits
 
 
-class FastMaskedSoftmax(_Fast, nn.Cell):
+class FastMaskedSoftmax(Fast, nn.Cell):
     """Softmax of ``scores + mask``: `construct` takes (scores, mask), both of four axes."""
 
     def __init__(self, original: nn.Cell):
@@ -89,7 +91,59 @@ class FastMaskedSoftmax(_Fast, nn.Cell):
         return self.softmax(scores + ops.stop_gradient(mask))
 
 
-class FastRMSNorm(_Fast, nn.Cell):
+class FastMatMul(Fast, nn.Cell):
+    """The product of a dense layer, ``x W^T``, in the place of its operator."""
+
+    transpose_a, transpose_b = False, True
+
+    def __init__(self, original: ops.MatMul):
+        super().__init__()
+        self.fast, self.original = operators.Product(), original
+
+    def construct(self, x, weight):
+        if self.takes(x) and self.takes(weight) and len(x.shape) == 2 and x.shape[0] * weight.size >= _WORTHWHILE:
+            return self.fast(x, weight)
+        return self.original(x, weight)
+
+
+class FastAttention(Fast, nn.Cell):
+    """Attention of every head, where dropout is off or can be resumed; see DotProductAttention in mindpet.models."""
+
+    def __init__(self, original: Any):
+        super().__init__()
+        self.original = original
+        original.softmax = FastMaskedSoftmax(original.softmax)
+        plain = isinstance(original.dropout, nn.Dropout)
+        self.drops = not plain or original.dropout.p > 0
+        self.resumable = not plain  # DropoutKeys says when it puts a ResumableDropout into the original
+        heads = original.heads, original.groups, original.scale
+        self.whole = operators.Attention(*heads)
+        self.dropped = operators.Attention(*heads, 1.0 / (1.0 - original.dropout.p)) if self.drops else self.whole
+        self.no_words, self.no_keys = Tensor([0], mstype.int32), Tensor([0, 0, 0, 0], mstype.int32)
+
+    def construct(self, query, key, value, mask):
+        known = _compat.is_known(key.shape) and _compat.is_known(value.shape) and self.takes(mask)
+        if not (self.takes(query) and known):
+            return self.original(query, key, value, mask)
+        if not (self.training and self.drops):
+            return self.whole(query, key, value, mask, self.no_words, self.no_keys)
+        rows = query.shape[0] * self.original.heads * query.shape[1]
+        if self.resumable and self.original.dropout.has_words_for(rows, key.shape[1]):
+            dropout = self.original.dropout
+            keys = ops.concat((dropout.keys[dropout.site], dropout.settings))
+            return self.dropped(query, key, value, mask, dropout.words, keys)
+        return self.original(query, key, value, mask)
+
+    def by_head(self, query, key, value, mask):
+        """Of keys and values as a cache keeps them."""
+        return self.original.by_head(query, key, value, mask)
+
+    def split(self, rows):
+        """As a cache keeps them."""
+        return self.original.split(rows)
+
+
+class FastRMSNorm(Fast, nn.Cell):
     """RMSNorm over the last axis: the original has `weight` and `epsilon`, `construct` takes (x)."""
 
     def __init__(self, original: Any):
@@ -105,7 +159,7 @@ class FastRMSNorm(_Fast, nn.Cell):
         return (wide * scale).astype(x.dtype) * self.weight
 
 
-class FastGatedSiLU(_Fast, nn.Cell):
+class FastGatedSiLU(Fast, nn.Cell):
     """silu(gate) * up: `construct` takes (gate, up)."""
 
     def __init__(self, original: nn.Cell):
@@ -118,7 +172,7 @@ class FastGatedSiLU(_Fast, nn.Cell):
         return gate * ops.sigmoid(gate) * up
 
 
-class FastCrossEntropy(_Fast, nn.Cell):
+class FastCrossEntropy(Fast, nn.Cell):
     """The loss of each row, 0 where its label is negative: `construct` takes (logits, labels)."""
 
     def __init__(self, original: nn.Cell):

@@ -24,15 +24,28 @@ def _second(*shapes: Any) -> Any:
     return shapes[1]
 
 
-class Kernel(ops.Custom):
-    """The compiled function of that name; `shape` says the output's from the inputs'."""
+def _rows_and_outputs(*shapes: Any) -> Any:
+    return [shapes[0][0], shapes[1][0]]
 
-    def __init__(self, function: str, shape: Callable = _first):
-        super().__init__(f"{library()}:{function}", shape, mstype.float32, func_type="aot")
-        self.function = function
+
+def _rows_and_inputs(*shapes: Any) -> Any:
+    return [shapes[0][0], shapes[1][1]]
+
+
+def _first_three(*shapes: Any) -> Any:
+    return shapes[0], shapes[1], shapes[2]
+
+
+class Kernel(ops.Custom):
+    """The compiled function of that name; `shape` says the output's from the inputs', or those of several `outputs`."""
+
+    def __init__(self, function: str, shape: Callable = _first, outputs: int = 1):
+        dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
+        super().__init__(f"{library()}:{function}", shape, dtype, func_type="aot")
+        self.function, self.outputs = function, outputs
 
     def __deepcopy__(self, memo: dict) -> "Kernel":  # MindSpore's does not know what a Custom is made from
-        return Kernel(self.function, self.out_shape)
+        return Kernel(self.function, self.out_shape, self.outputs)
 
 
 class _Function(nn.Cell):
@@ -134,6 +147,65 @@ class MaskedSoftmax(nn.Cell):
 
     def bprop(self, scores, mask, out, dout):
         return self.backward(out, dout), ops.zeros_like(mask)
+
+
+class Dropout(nn.Cell):
+    """x times a mask of 0 and `kept`, which follows from `words` and `keys` as in :class:`Attention`."""
+
+    def __init__(self, kept: float):
+        super().__init__(auto_prefix=False)
+        self.kept = Tensor([kept], mstype.float32)
+        self.apply_mask = Kernel("dropout_apply")
+
+    def construct(self, x, words, keys):
+        return self.apply_mask(x, words, keys, self.kept)
+
+    def bprop(self, x, words, keys, out, dout):
+        return self.apply_mask(dout, words, keys, self.kept), ops.zeros_like(words), ops.zeros_like(keys)
+
+
+class Product(nn.Cell):
+    """x W^T: ``(rows, in)``, ``(out, in)``. The gradient of W is MindSpore's product, where anybody asks for it."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("dense_forward", _rows_and_outputs)
+        self.backward = Kernel("dense_backward", _rows_and_inputs)
+        self.backward_weight = ops.MatMul(transpose_a=True)
+
+    def construct(self, x, weight):
+        return self.forward(x, weight)
+
+    def bprop(self, x, weight, out, dout):
+        return self.backward(dout, weight), self.backward_weight(dout, x)
+
+
+class Attention(nn.Cell):
+    r""":math:`\mathrm{drop}(\mathrm{softmax}(s\,Q_h K_h^T + M))\,V_h` for each head h; the mask is a constant.
+
+    Nothing of the size of the scores is kept between the forward and the backward pass.
+
+    Shapes: query ``(batch, queries, heads * dim)``; key and value ``(batch, keys, groups * dim)``, each group for
+    heads / groups heads; mask ``(batch, heads, queries, keys)`` with 1 for any axis but the last. `words` and `keys`
+    make the masks of :class:`~mindpet.train.dropout.ResumableDropout`: `keys` holds its two keys of a step, its
+    threshold and the rank of the process, int32 ``(4,)``. One word alone: nothing is dropped.
+    """
+
+    def __init__(self, heads: int, groups: int, scale: float, kept: float = 1.0):
+        super().__init__(auto_prefix=False)
+        self.counts = Tensor([heads, groups], mstype.int32)
+        self.factors = Tensor([scale, kept], mstype.float32)
+        self.forward = Kernel("attention_forward")
+        self.backward = Kernel("attention_backward", _first_three, 3)
+
+    def construct(self, query, key, value, mask, words, keys):
+        return self.forward(query, key, value, mask, words, keys, self.counts, self.factors)
+
+    def bprop(self, query, key, value, mask, words, keys, out, dout):
+        inputs = query, key, value, mask, words, keys, self.counts, self.factors
+        slopes = self.backward(*inputs, out, dout)
+        rest = ops.zeros_like(mask), ops.zeros_like(words), ops.zeros_like(keys)
+        return slopes[0], slopes[1], slopes[2], *rest
 
 
 class CrossEntropy(nn.Cell):

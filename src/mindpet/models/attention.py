@@ -1,5 +1,7 @@
 """The parts of attention that all networks here share."""
 
+import math
+
 from mindspore import nn, ops
 
 
@@ -16,8 +18,46 @@ class MaskedSoftmax(nn.Cell):
         return self.softmax(scores + ops.stop_gradient(mask))
 
 
-def after_prefix(prefix, part):
-    """(tokens, heads, head_dim), the same for every sample, before the third axis of (batch, heads, seq, head_dim)."""
-    shape = (part.shape[0], prefix.shape[1], prefix.shape[0], prefix.shape[2])
-    prefix = prefix.astype(part.dtype).transpose((1, 0, 2)).expand_dims(0)  # (1, heads, tokens, head_dim)
-    return ops.concat((ops.broadcast_to(prefix, shape), part), 2)
+class DotProductAttention(nn.Cell):
+    r"""Attention of every head: :math:`\mathrm{dropout}(\mathrm{softmax}(Q K^T / \sqrt{d} + M))\, V`.
+
+    Shapes: query ``(batch, queries, heads * d)``; key and value ``(batch, keys, groups * d)``, each group of which
+    serves heads / groups heads; mask M ``(batch, 1, 1 or queries, keys)``. Returns ``(batch, queries, heads * d)``.
+
+    Source: Vaswani et al. 2017, arXiv:1706.03762, section 3.2; groups as in Ainslie et al. 2023, arXiv:2305.13245.
+    """
+
+    mindpet_kernel = "attention"
+
+    def __init__(self, heads: int, groups: int, head_dim: int, dropout: float):
+        super().__init__()
+        self.heads, self.groups, self.head_dim = heads, groups, head_dim
+        self.dropout = nn.Dropout(p=dropout)
+        self.scores = ops.BatchMatMul(transpose_b=True)
+        self.mix = ops.BatchMatMul()
+        self.softmax = MaskedSoftmax()
+        self.scale = 1.0 / math.sqrt(head_dim)
+
+    def construct(self, query, key, value, mask):
+        return self.by_head(query, self.split(key), self.split(value), mask)
+
+    def by_head(self, query, key, value, mask):
+        """The same with key and value as a cache keeps them, ``(batch, groups, keys, d)``."""
+        batch, queries, _ = query.shape
+        query = self.split(query * self.scale).reshape((batch, self.groups, -1, self.head_dim))
+        scores = self.scores(query, key).reshape((batch, self.heads, queries, -1))
+        weights = self.dropout(self.softmax(scores, mask))  # (batch, heads, queries, keys)
+        mixed = self.mix(weights.reshape((batch, self.groups, -1, weights.shape[-1])), value)
+        mixed = mixed.reshape((batch, self.heads, queries, self.head_dim)).transpose((0, 2, 1, 3))
+        return mixed.reshape((batch, queries, -1))
+
+    def split(self, rows):
+        """(batch, n, heads * d) -> (batch, heads, n, d)."""
+        return rows.reshape((rows.shape[0], rows.shape[1], -1, self.head_dim)).transpose((0, 2, 1, 3))
+
+
+def rows_after_prefix(prefix, rows):
+    """(tokens, heads, head_dim), the same for every sample, before (batch, seq, heads * head_dim)."""
+    shape = (rows.shape[0], prefix.shape[0], rows.shape[-1])
+    prefix = prefix.astype(rows.dtype).reshape((1, *shape[1:]))
+    return ops.concat((ops.broadcast_to(prefix, shape), rows), 1)

@@ -6,7 +6,6 @@ on a CPU.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import MaskedSoftmax, after_prefix
+from mindpet.models.attention import DotProductAttention, rows_after_prefix
 from mindpet.models.loading import LoadReport, Outline, PretrainedFilesError, load_tensors, require_outline
 
 _ACTIVATIONS = {
@@ -133,32 +132,21 @@ class BertSelfAttention(nn.Cell):
     def __init__(self, config: BertConfig):
         super().__init__()
         hidden, start = config.hidden_size, Normal(config.initializer_range)
-        self.num_heads = config.num_attention_heads
-        self.head_dim = hidden // config.num_attention_heads
         self.query = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
         self.key = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
         self.value = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
-        self.dropout = nn.Dropout(p=config.attention_probs_dropout_prob)
-        self.scores = ops.BatchMatMul(transpose_b=True)
-        self.mix = ops.BatchMatMul()
-        self.softmax = MaskedSoftmax()
-        self.scale = 1.0 / math.sqrt(self.head_dim)
+        heads = config.num_attention_heads
+        self.core = DotProductAttention(heads, heads, hidden // heads, config.attention_probs_dropout_prob)
 
     def construct(self, rows, mask, prefix):
-        batch = mask.shape[0]
-        query = self.split_heads(self.query(rows) * self.scale, batch)  # (batch, heads, seq, head_dim)
-        key = self.split_heads(self.key(rows), batch)
-        value = self.split_heads(self.value(rows), batch)
+        batch, hidden = mask.shape[0], rows.shape[-1]
+        query = self.query(rows).reshape((batch, -1, hidden))
+        key = self.key(rows).reshape((batch, -1, hidden))
+        value = self.value(rows).reshape((batch, -1, hidden))
         if prefix is not None:
-            key = after_prefix(prefix[0], key)  # (batch, heads, tokens + seq, head_dim)
-            value = after_prefix(prefix[1], value)
-        weights = self.dropout(self.softmax(self.scores(query, key), mask))  # (batch, heads, seq, tokens + seq)
-        mixed = self.mix(weights, value)  # (batch, heads, seq, head_dim)
-        return mixed.transpose((0, 2, 1, 3)).reshape((-1, self.num_heads * self.head_dim))
-
-    def split_heads(self, rows, batch):
-        """(batch * seq, hidden) -> (batch, heads, seq, head_dim)."""
-        return rows.reshape((batch, -1, self.num_heads, self.head_dim)).transpose((0, 2, 1, 3))
+            key = rows_after_prefix(prefix[0], key)  # (batch, tokens + seq, hidden)
+            value = rows_after_prefix(prefix[1], value)
+        return self.core(query, key, value, mask).reshape((-1, hidden))
 
 
 class BertOutput(nn.Cell):

@@ -14,8 +14,8 @@ from mindspore import nn, ops
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import MaskedSoftmax
-from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
+from mindpet.models.attention import DotProductAttention
+from mindpet.models.causal import CausalLanguageModel, attend, read_config, start_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -117,19 +117,15 @@ class GPT2Attention(nn.Cell):
         self.heads, self.head_dim = config.n_head, config.n_embd // config.n_head
         self.c_attn = _dense(config.n_embd, 3 * config.n_embd, config)
         self.c_proj = _dense(config.n_embd, config.n_embd, config)
-        self.attn_dropout, self.resid_dropout = nn.Dropout(p=config.attn_pdrop), nn.Dropout(p=config.resid_pdrop)
-        self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
-        self.softmax = MaskedSoftmax()
-        self.scale = 1.0 / math.sqrt(self.head_dim)
+        self.resid_dropout = nn.Dropout(p=config.resid_pdrop)
+        self.core = DotProductAttention(self.heads, self.heads, self.head_dim, config.attn_pdrop)
 
     def construct(self, rows, mask, extra):
-        batch, _, seq, _ = mask.shape
-        parts = self.c_attn(rows).reshape((batch, seq, 3, self.heads, self.head_dim)).transpose((2, 0, 3, 1, 4))
-        key, value = with_extra(parts[1], parts[2], extra)  # (batch, heads, keys, head_dim)
-        scores = self.scores(parts[0] * self.scale, key)  # (batch, heads, seq, keys)
-        mixed = self.mix(self.attn_dropout(self.softmax(scores, mask)), value)  # (batch, heads, seq, head_dim)
-        rows = mixed.transpose((0, 2, 1, 3)).reshape((-1, self.heads * self.head_dim))
-        return self.resid_dropout(self.c_proj(rows))
+        batch, width = mask.shape[0], self.heads * self.head_dim
+        parts = self.c_attn(rows).reshape((batch, -1, 3 * width))
+        query, key, value = parts[..., :width], parts[..., width : 2 * width], parts[..., 2 * width :]
+        mixed = attend(self.core, query, key, value, mask, extra)  # (batch, seq, heads * head_dim)
+        return self.resid_dropout(self.c_proj(mixed.reshape((-1, width))))
 
 
 class GPT2MLP(nn.Cell):

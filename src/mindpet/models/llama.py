@@ -6,7 +6,6 @@ et al. 2023, arXiv:2305.13245). Cells have Hugging Face's paths (``model.layers.
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,8 @@ from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import MaskedSoftmax
-from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add, with_extra
+from mindpet.models.attention import DotProductAttention
+from mindpet.models.causal import CausalLanguageModel, attend, read_config, start_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -145,7 +144,7 @@ class Rotary(nn.Cell):
 
     .. math:: \phi_{p,i} = p\, \theta^{-2i/d}
 
-    Called with positions ``(batch, n)`` it gives cosines and signed sines, each ``(batch, 1, n, d)``, for :func:`turn`.
+    Called with positions ``(batch, n)`` it gives cosines and signed sines, each ``(batch, n, 1, d)``, for :func:`turn`.
     """
 
     def __init__(self, size: int, theta: float):
@@ -155,11 +154,11 @@ class Rotary(nn.Cell):
     def construct(self, positions, dtype):
         angles = positions.astype(mstype.float32).expand_dims(-1) * self.speeds  # (batch, n, d / 2)
         cos, sin = ops.cos(angles).astype(dtype), ops.sin(angles).astype(dtype)
-        return ops.concat((cos, cos), -1).expand_dims(1), ops.concat((-sin, sin), -1).expand_dims(1)
+        return ops.concat((cos, cos), -1).expand_dims(2), ops.concat((-sin, sin), -1).expand_dims(2)
 
 
 def turn(x, cos, sin):
-    """Rotate ``(batch, heads, n, d)`` by what :class:`Rotary` gives: x cos + (the other half of x) sin."""
+    """Rotate ``(batch, n, heads, d)`` by what :class:`Rotary` gives: x cos + (the other half of x) sin."""
     half = x.shape[-1] // 2
     swapped = ops.concat((x[..., half:], x[..., :half]), -1)
     return x * cos + swapped * sin
@@ -176,26 +175,20 @@ class LlamaAttention(nn.Cell):
         self.k_proj = _dense(hidden, self.kv_heads * self.head_dim, config.attention_bias, config)
         self.v_proj = _dense(hidden, self.kv_heads * self.head_dim, config.attention_bias, config)
         self.o_proj = _dense(self.heads * self.head_dim, hidden, config.attention_bias, config)
-        self.dropout = nn.Dropout(p=config.attention_dropout)
-        self.scores, self.mix = ops.BatchMatMul(transpose_b=True), ops.BatchMatMul()
-        self.softmax = MaskedSoftmax()
-        self.scale = 1.0 / math.sqrt(config.head_dim)
+        self.core = DotProductAttention(self.heads, self.kv_heads, self.head_dim, config.attention_dropout)
 
     def construct(self, rows, mask, cos, sin, extra):
-        batch, _, seq, _ = mask.shape
-        query = turn(self.split_heads(self.q_proj(rows) * self.scale, batch), cos, sin)
-        key = turn(self.split_heads(self.k_proj(rows), batch), cos, sin)  # (batch, kv_heads, seq, dim)
-        key, value = with_extra(key, self.split_heads(self.v_proj(rows), batch), extra)  # (batch, kv_heads, keys, dim)
-        grouped = query.reshape((batch, self.kv_heads, -1, self.head_dim))  # (batch, kv_heads, group * seq, dim)
-        scores = self.scores(grouped, key).reshape((batch, self.heads, seq, -1))
-        weights = self.dropout(self.softmax(scores, mask))  # (batch, heads, seq, keys)
-        mixed = self.mix(weights.reshape((batch, self.kv_heads, -1, weights.shape[-1])), value)
-        mixed = mixed.reshape((batch, self.heads, seq, self.head_dim)).transpose((0, 2, 1, 3))
+        batch = mask.shape[0]
+        query = self.turned(self.q_proj(rows), batch, cos, sin)  # (batch, seq, heads * dim)
+        key = self.turned(self.k_proj(rows), batch, cos, sin)  # (batch, seq, kv_heads * dim)
+        value = self.v_proj(rows).reshape((batch, -1, self.kv_heads * self.head_dim))
+        mixed = attend(self.core, query, key, value, mask, extra)
         return self.o_proj(mixed.reshape((-1, self.heads * self.head_dim)))
 
-    def split_heads(self, rows, batch):
-        """(batch * seq, heads * head_dim) -> (batch, heads, seq, head_dim)."""
-        return rows.reshape((batch, -1, rows.shape[-1] // self.head_dim, self.head_dim)).transpose((0, 2, 1, 3))
+    def turned(self, rows, batch, cos, sin):
+        """Rotate every head of (batch * seq, heads * head_dim), as (batch, seq, heads * head_dim)."""
+        parts = rows.reshape((batch, -1, rows.shape[-1] // self.head_dim, self.head_dim))
+        return turn(parts, cos, sin).reshape((batch, -1, rows.shape[-1]))
 
 
 class LlamaMLP(nn.Cell):

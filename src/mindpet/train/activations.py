@@ -6,7 +6,7 @@ tokens of a prefix, a layer keeps, in numbers:
 
 .. math::
     \text{queries, keys, values} \quad & n q + 2 n k\,(s + t) / s \\
-    \text{attention weights, after softmax} \quad & n\,a\,(s + t) \\
+    \text{output of the attention} \quad & n q \\
     \text{inputs of the two norms} \quad & 2 n h \\
     \text{input of GELU, or gate and values of SwiGLU} \quad & n f \ \text{or}\ 2 n f
 
@@ -14,7 +14,6 @@ and, only if the weight or a low-rank branch of a dense layer trains that reads 
 
 .. math::
     x \text{: queries, keys, values} \quad & n h \\
-    m \text{: output of the attention} \quad & n q \\
     y \text{: first half of the feed-forward network} \quad & n h \\
     z \text{: second half} \quad & n f
 
@@ -23,8 +22,10 @@ bottleneck b before and after its activation). A frozen dense layer keeps nothin
 weight. BitFit keeps nothing besides: the gradient of a bias needs no input. Layers below the lowest one that trains
 keep nothing at all.
 
-MindSpore's own operators keep more than `mindpet.kernels` do: the exact GELU is taken apart, which keeps 3 n f in the
-place of n f, and its tanh form 5 n f; SwiGLU 4 n f in the place of 2 n f; a RMSNorm whose weight trains n h besides.
+MindSpore's own operators keep more than `mindpet.kernels` do: attention keeps its weights after softmax, n a (s + t),
+and its output, n q, only if the dense layer that reads it needs it; the exact GELU is taken apart, which keeps 3 n f
+in the place of n f, and its tanh form 5 n f; SwiGLU 4 n f in the place of 2 n f; a RMSNorm whose weight trains n h
+besides.
 
 The peak is the larger of two moments. At the beginning of the backward pass everything kept is there, and with it
 
@@ -189,11 +190,16 @@ def kept_in_layer(
     ours = 2 if sizes.gated else 1
     return {
         "queries, keys, values": rows * sizes.queries // here + 2 * keys * batch * (seq + prefix),
-        "attention weights": batch * sizes.heads // here * seq * (seq + prefix),
+        **(
+            {"output of attention": rows * sizes.queries // here}
+            if kernels
+            else {"attention weights": batch * sizes.heads // here * seq * (seq + prefix)}
+        ),
         "norms": norms,
         "SwiGLU" if sizes.gated else "GELU": inner * (ours if kernels else own),
         "inputs of dense layers": sum(
-            rows * sizes.width(place) // cutting.input_parts(place) for place in trained.inputs
+            rows * sizes.width(place) // cutting.input_parts(place)
+            for place in trained.inputs - (frozenset("m") if kernels else frozenset())
         ),
         "of the method": rows * trained.extra,
     }
@@ -217,16 +223,17 @@ def index_lists(sizes: LayerSizes, layers: int, batch: int, seq: int, kernels: b
     operator that broadcasts (other than one number to all) keeps one for each of its two inputs. In numbers, forward
     and backward together, a layer has
 
-    - BERT: transposes of q, k, v and m: 8 n h; GPT-2: one of all three, and m: 8 n h;
-    - LLaMA: transposes 4 n q + 4 n k, and the rotation by cosines and sines 8 n q + 8 n k;
-    - without our kernels: adding the mask and the gradient of softmax 4 n a s, exact GELU 4 n f, RMSNorm 16 n h.
+    - LLaMA: the rotation by cosines and sines, 8 n q + 8 n k;
+    - without our kernels: transposes of q, k, v and of what is mixed, 4 n q + 4 n k, adding the mask and the gradient
+      of softmax 4 n a s, exact GELU 4 n f, RMSNorm 16 n h.
 
     Besides, BERT adds its positions and takes the mean of its tokens, 6 n h. A language model makes its mask, 6 n s,
     and without our kernels computes its loss, 8 n v.
     """
     rows = batch * seq
-    numbers = 4 * rows * (sizes.queries + sizes.keys) * (3 if sizes.rms else 1)
+    numbers = 8 * rows * (sizes.queries + sizes.keys) if sizes.rms else 0
     if not kernels:
+        numbers += 4 * rows * (sizes.queries + sizes.keys)
         numbers += 4 * rows * sizes.heads * seq + (16 * rows * sizes.hidden if sizes.rms else 0)
         numbers += 0 if sizes.gated or sizes.tanh else 4 * rows * sizes.inner
     outside = 6 * rows * (seq if sizes.vocabulary else sizes.hidden)

@@ -19,6 +19,7 @@ from mindspore import dtype as mstype
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.graph.inject import replace_cell
 from mindpet.graph.targets import cells_by_path
+from mindpet.kernels import build, operators
 from mindpet.parallel.group import ALONE, Group
 
 _POOL = 1 << 20  # words, for rows from its start and for columns from its end
@@ -35,14 +36,27 @@ class ResumableDropout(nn.Cell):
         self.rank, self.part, self.whole = rank, part, whole
         self.words, self.keys = words, keys
         self.site = site
-        self.threshold = Tensor(int(-(2**31) + p * 2**32), mstype.int32)
-        self.scale = 1.0 / (1.0 - p)
+        threshold = int(-(2**31) + p * 2**32)
+        self.threshold = Tensor(threshold, mstype.int32)
+        self.settings = Tensor([threshold, rank], mstype.int32)  # for the kernel of attention, which drops by itself
+        self.p, self.scale = p, 1.0 / (1.0 - p)
+        self.fast = operators.Dropout(self.scale) if build.available() else None
 
     def construct(self, x):
         if not self.training:
             return x
+        if (
+            self.fast is not None
+            and x.dtype == mstype.float32
+            and self.has_words_for(x.size // x.shape[-1], x.shape[-1])
+        ):
+            return self.fast(x, self.words, ops.concat((self.keys[self.site], self.settings)))
         place = self.rank, self.part, self.whole
         return x * _kept(self.words, self.keys[self.site], self.threshold, self.scale, x.shape, place).astype(x.dtype)
+
+    def has_words_for(self, rows, columns):
+        """Whether a mask of that size has a word for each row, those of the other processes too, and each column."""
+        return rows * self.whole <= _POOL // 2 * self.part and columns <= _POOL // 2
 
 
 @jit  # one call rather than eight in PyNative mode; graph mode compiles it in
@@ -96,6 +110,9 @@ class DropoutKeys:
             new = ResumableDropout(_probability(cell), shared, self.keys, site, *place)
             new.set_train(cell.training)
             replace_cell(network, path, new)
+        for cell in cells_by_path(network).values():
+            if hasattr(cell, "resumable"):
+                cell.resumable = True
         shared.name, self.keys.name = "mindpet_dropout_words", "mindpet_dropout_keys"
 
     def set_step(self, step: int) -> None:

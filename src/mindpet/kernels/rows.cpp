@@ -1,136 +1,16 @@
 // Kernels for the operators that dominate a training step on a CPU, in float32.
 //
-// Every exported function has the signature of an ahead-of-time Custom operator: `params` holds the inputs and then the
-// one output, `shapes` and `ndims` their sizes. It returns 0, or 1 for arguments it does not take.
-//
 // Each is one pass over rows that stay in the cache. Results do not depend on the number of threads: a row is summed by
 // one thread, and a sum over rows is cut into blocks whose number depends on the sizes only. To be compiled without
 // -ffinite-math-only: NaN goes through, infinities have their limits.
-#include <sched.h>
-#include <unistd.h>
+#include "common.h"
 
-#include <atomic>
-#include <cmath>
-#include <condition_variable>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <system_error>
-#include <thread>
-
-#define KERNEL extern "C" int
-#define ARGUMENTS int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *, void *
+int mindpet_wanted_threads = 0;
+extern "C" void mindpet_threads(int count) { mindpet_wanted_threads = count; }
 
 namespace {
 
-constexpr int64_t CHUNK = 8192;     // elements that a thread takes at a time
-constexpr int64_t SMALL = 65536;    // elements below which waking other threads costs more than it saves
 constexpr int64_t ROW_BLOCKS = 32;  // partial sums of a sum over rows
-
-// Threads that sleep between two kernels. OpenMP's would go on spinning for a while and take the processor away from
-// the matrix product that follows. A thread that does not wake up in time is not waited for: whoever is awake takes the
-// next chunk. A second kernel at the same time runs on its caller's thread alone, and so does every kernel of a process
-// that was forked: it has none of the threads, and mutexes and condition variables as they stood at that moment.
-class Pool {
-public:
-    static Pool &instance() {
-        static Pool *pool = new Pool;  // never destroyed: its threads sleep until the process ends
-        return *pool;
-    }
-
-    // body(chunk) for every chunk of [0, count).
-    void run(int64_t count, const std::function<void(int64_t)> &body) {
-        std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
-        if (workers_ == 0 || count < 2 || getpid() != pid_ || !mine.try_lock()) {
-            for (int64_t chunk = 0; chunk < count; ++chunk) body(chunk);
-            return;
-        }
-        {
-            const std::lock_guard<std::mutex> guard(lock_);
-            body_ = &body;
-            next_ = 0;
-            count_ = count;
-            ++job_;
-        }
-        for (int64_t woken = 0; woken < workers_ && woken < count - 1; ++woken) wake_.notify_one();
-        work(body, count);
-        std::unique_lock<std::mutex> guard(lock_);
-        body_ = nullptr;
-        done_.wait(guard, [this] { return active_ == 0; });
-    }
-
-private:
-    Pool() {
-        for (int64_t wanted = threads() - 1; workers_ < wanted; ++workers_) {
-            try {
-                std::thread([this] { serve(); }).detach();
-            } catch (const std::system_error &) {  // no more threads for this process
-                return;
-            }
-        }
-    }
-
-    // OMP_NUM_THREADS, else the processors that this process may use.
-    static int64_t threads() {
-        const char *given = std::getenv("OMP_NUM_THREADS");
-        if (given && std::atoi(given) > 0) return std::atoi(given);
-        cpu_set_t mine;
-        return sched_getaffinity(0, sizeof mine, &mine) == 0 ? CPU_COUNT(&mine) : 1;
-    }
-
-    void work(const std::function<void(int64_t)> &body, int64_t count) {
-        for (int64_t chunk = next_++; chunk < count; chunk = next_++) body(chunk);
-    }
-
-    void serve() {
-        uint64_t seen = 0;
-        std::unique_lock<std::mutex> guard(lock_);
-        for (;;) {
-            wake_.wait(guard, [&] { return body_ != nullptr && job_ != seen; });
-            seen = job_;
-            const std::function<void(int64_t)> &body = *body_;
-            const int64_t count = count_;
-            ++active_;
-            guard.unlock();
-            work(body, count);
-            guard.lock();
-            if (--active_ == 0) done_.notify_one();
-        }
-    }
-
-    const pid_t pid_ = getpid();
-    std::mutex busy_, lock_;
-    std::condition_variable wake_, done_;
-    const std::function<void(int64_t)> *body_ = nullptr;
-    std::atomic<int64_t> next_{0};
-    int64_t count_ = 0, workers_ = 0;
-    int active_ = 0;
-    uint64_t job_ = 0;
-};
-
-// e^x for x <= 0, relative error 1e-7; 0 below -87.
-inline float exp_of_negative(float x) {
-    const float bounded = x < -87.0f ? -87.0f : x;
-    const float shifted = bounded * 1.44269504f + 12582912.0f;  // the low bits hold round(x / ln 2)
-    uint32_t bits;
-    std::memcpy(&bits, &shifted, 4);
-    const float power = shifted - 12582912.0f;
-    const float r = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;  // x - power ln 2, ln 2 in two parts
-    float p = 1.3951717e-3f;
-    p = p * r + 8.3695920e-3f;
-    p = p * r + 4.1666187e-2f;
-    p = p * r + 1.6666514e-1f;
-    p = p * r + 0.5f;
-    p = p * r * r + r + 1.0f;
-    const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^power
-    float scale;
-    std::memcpy(&scale, &scale_bits, 4);
-    return x < -87.0f ? 0.0f : p * scale;
-}
 
 // Distribution function of the standard normal distribution; `bell` becomes e^(-x^2/2). Absolute error 1e-7.
 // The tail is e^(-x^2/2) t P(t) with t = 1 / (1 + 0.28 |x|): right to 1e-6 of itself as far as floats reach.
@@ -195,58 +75,6 @@ inline float silu_slope(float x) {
     float slope;
     const float gate = sigmoid(x, slope);
     return gate + damped(x, slope);
-}
-
-int64_t size_of(int ndim, const int64_t *shape) {
-    int64_t size = 1;
-    for (int axis = 0; axis < ndim; ++axis) size *= shape[axis];
-    return size;
-}
-
-// The arguments of one call.
-struct Call {
-    int count;
-    void **params;
-    int *ndims;
-    int64_t **shapes;
-    const char **dtypes;
-
-    bool floats(int expected, int integers = -1) const {  // `integers`: the one parameter that is int32
-        if (count != expected) return false;
-        for (int index = 0; index < count; ++index)
-            if (std::strcmp(dtypes[index], index == integers ? "int32" : "float32") != 0) return false;
-        return true;
-    }
-    float *operator[](int index) const { return static_cast<float *>(params[index]); }
-    int64_t size(int index) const { return size_of(ndims[index], shapes[index]); }
-    int64_t columns(int index) const { return ndims[index] ? shapes[index][ndims[index] - 1] : 1; }
-    int64_t rows(int index) const { return ndims[index] ? size_of(ndims[index] - 1, shapes[index]) : 1; }
-    // Whether a parameter has an entry for each of the first one's entries, columns, rows.
-    bool per_entry(int index) const { return size(index) == size(0); }
-    bool per_column(int index) const { return size(index) == columns(0); }
-    bool per_row(int index) const { return size(index) == rows(0); }
-};
-
-// body(first, last) for pieces of [0, size), on all threads; an index stands for `weight` elements of work.
-template <class Body>
-void each_piece(int64_t size, int64_t weight, const Body &body) {
-    if (size * weight <= SMALL) {
-        body(int64_t{0}, size);
-        return;
-    }
-    const int64_t step = weight < CHUNK ? CHUNK / (weight > 1 ? weight : 1) : 1;
-    Pool::instance().run((size + step - 1) / step, [&](int64_t chunk) {
-        const int64_t first = chunk * step;
-        body(first, first + step < size ? first + step : size);
-    });
-}
-
-// body(row) for every row, on all threads.
-template <class Body>
-void each_row(int64_t rows, int64_t columns, const Body &body) {
-    each_piece(rows, columns, [&](int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) body(row);
-    });
 }
 
 // total[column] = the sum over rows; add(row, sums) adds one row to partial sums. Returns 0, or 1 without memory.
@@ -314,43 +142,7 @@ inline float inverse_rms(const float *x, int64_t columns, float epsilon) {
     return 1.0f / std::sqrt(squares / static_cast<float>(columns) + epsilon);
 }
 
-inline float largest(const float *x, int64_t columns) {
-    float top = -INFINITY;
-#pragma omp simd reduction(max : top)
-    for (int64_t i = 0; i < columns; ++i) top = x[i] > top ? x[i] : top;
-    return top;
-}
-
-// y = e^(x - top); their sum is returned. `y` may be `x`.
-inline float exponentials(const float *x, float *y, int64_t columns, float top) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < columns; ++i) {
-        const float e = exp_of_negative(x[i] - top);
-        y[i] = e;
-        sum += e;
-    }
-    return sum;
-}
-
-inline float sum_of_exponentials(const float *x, int64_t columns, float top) {
-    float sum = 0.0f;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t i = 0; i < columns; ++i) sum += exp_of_negative(x[i] - top);
-    return sum;
-}
-
-inline void softmax_row(float *y, int64_t columns) {
-    const float top = largest(y, columns);
-    const float factor = 1.0f / exponentials(y, y, columns, top);
-#pragma omp simd
-    for (int64_t i = 0; i < columns; ++i) y[i] *= factor;
-}
-
 }  // namespace
-
-#define CALL \
-    const Call call { count, params, ndims, shapes, dtypes }
 
 // ---- GELU: x, y; and x, dy, dx
 KERNEL gelu_forward(ARGUMENTS) { CALL; return map<gelu>(call); }
@@ -589,6 +381,29 @@ KERNEL cross_entropy_backward(ARGUMENTS) {
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) out[i] *= factor;
         out[label] -= dy[row];
+    });
+    return 0;
+}
+
+// ---- dropout, and its gradient: x (..., columns), words (int32), keys (int32, 4), factor of what is kept, y
+KERNEL dropout_apply(ARGUMENTS) {
+    CALL;
+    static const char *const kinds[] = {"float32", "int32", "int32", "float32", "float32"};
+    if (count != 5 || call.size(2) != 4) return 1;
+    for (int index = 0; index < 5; ++index)
+        if (std::strcmp(dtypes[index], kinds[index]) != 0) return 1;
+    const int64_t columns = call.columns(0), rows = call.rows(0);
+    const Dropout mask(params[1], call.size(1), params[2], rows);
+    if (!mask.fits(rows, columns)) return 1;
+    const float *x = call[0];
+    const float kept = *call[3];
+    float *y = call[4];
+    each_row(rows, columns, [=](int64_t row) {
+        const float *in = x + row * columns;
+        float *out = y + row * columns;
+        mask.factors(row, columns, kept, out);
+#pragma omp simd
+        for (int64_t i = 0; i < columns; ++i) out[i] *= in[i];
     });
     return 0;
 }

@@ -1,0 +1,270 @@
+"""Time tuning steps beside Hugging Face PEFT on the same machine, step by step in turn.
+
+python benchmarks/against_peft.py [--cases bert-lora bert-full] [--rounds 5] [--json peft.json]
+
+Each side is a process of its own with all cores, and waits while the other one works: a step here, a step there, so
+that whatever else the machine does hits both alike. Medians, their ratio, the time of the first step (with compilation)
+and the peak of resident memory are printed. Needs torch, transformers and peft.
+
+Networks have the sizes of BERT-base and SmolLM2-135M and random weights, dropout as their configurations have it, in
+float32.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SMOLLM2 = {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+TOKENS, BOTTLENECK, RANK, ALPHA = 20, 64, 8, 16
+SHAPES = {"bert": (16, 128), "smollm2": (4, 128)}
+CASES = {
+    **{f"bert-{method}": ("bert", method) for method in ("lora", "adapter", "prefix", "bitfit", "full")},
+    **{f"smollm2-{method}": ("smollm2", method) for method in ("lora", "full")},
+}
+
+
+def inputs(network: str) -> dict[str, np.ndarray]:
+    """One batch, the same for both sides."""
+    generator, shape = np.random.default_rng(0), SHAPES[network]
+    ids = generator.integers(5, 30000, shape).astype(np.int32)
+    labels = generator.integers(0, 2, shape[0]).astype(np.int32) if network == "bert" else ids
+    return {"ids": ids, "labels": labels}
+
+
+def ours(network: str, method: str) -> Any:
+    """A function that makes one step and returns the loss."""
+    import mindspore as ms
+    from mindspore import Tensor, nn
+
+    import mindpet
+    from mindpet import models
+    from mindpet.train.dropout import DropoutKeys
+    from mindpet.train.step import SummedLoss, TrainStep
+
+    ms.set_context(mode=ms.GRAPH_MODE)
+    data = inputs(network)
+    if network == "bert":
+        cell = models.BertForSequenceClassification(models.BertConfig())
+        head: tuple[str, ...] = ("classifier",)
+    else:
+        cell = models.LlamaForCausalLM(models.LlamaConfig.from_content({"model_type": "llama", **SMOLLM2}, "SmolLM2"))
+        head = ()
+    attention = ["*.query", "*.value"] if network == "bert" else ["*.q_proj", "*.v_proj"]
+    config = {
+        "lora": lambda: mindpet.LoRAConfig(rank=RANK, alpha=ALPHA, targets=attention, modules_to_save=head),
+        "adapter": lambda: mindpet.AdapterConfig(size=BOTTLENECK, modules_to_save=head),
+        "prefix": lambda: mindpet.PrefixConfig(tokens=TOKENS, projection=False, modules_to_save=head),
+        "bitfit": lambda: mindpet.BitFitConfig(modules_to_save=head),
+    }.get(method)
+    if config:
+        mindpet.inject(cell, config())
+    cell.set_train()
+    keys = DropoutKeys(cell, 0)
+    optimizer = nn.Adam(list(cell.trainable_params()), 1e-4)
+    step = TrainStep(mindpet.accelerate(SummedLoss(cell)), optimizer, 0.0)
+    ids, labels = Tensor(data["ids"]), Tensor(data["labels"])
+    ones = Tensor(np.ones_like(data["ids"]))
+    columns: Any = (ids, ones, ones * 0, labels) if network == "bert" else None
+    if columns is None:  # each position learns the next token
+        following = np.concatenate([data["ids"][:, 1:], np.full((len(data["ids"]), 1), -100, np.int32)], 1)
+        columns = ids, ones, Tensor(following)
+    count = 0
+
+    def run() -> float:
+        nonlocal count
+        keys.set_step(count)
+        count += 1
+        return float(step(*columns)[0])
+
+    return run
+
+
+def theirs(network: str, method: str) -> Any:
+    """A function that makes one step and returns the loss."""
+    import peft
+    import torch
+    import transformers
+
+    data = inputs(network)
+    if network == "bert":
+        model: Any = transformers.BertForSequenceClassification(transformers.BertConfig())
+        targets = ["query", "value"]
+    else:
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2))
+        targets = ["q_proj", "v_proj"]
+    if method == "lora":
+        task = "SEQ_CLS" if network == "bert" else "CAUSAL_LM"
+        config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, task_type=task)
+        model = peft.get_peft_model(model, config)
+    elif method == "prefix":
+        bridge_prefix(model)
+        model = peft.get_peft_model(model, peft.PrefixTuningConfig(num_virtual_tokens=TOKENS, task_type="SEQ_CLS"))
+    elif method != "full":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad = name.startswith("classifier") or (method == "bitfit" and name.endswith("bias"))
+    if method == "adapter":
+        add_adapters(model)
+    model.train()
+    optimizer = torch.optim.Adam([one for one in model.parameters() if one.requires_grad], 1e-4)
+    batch = {"input_ids": torch.tensor(data["ids"]).long(), "labels": torch.tensor(data["labels"]).long()}
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+
+    def run() -> float:
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        return loss.item()
+
+    return run
+
+
+def bridge_prefix(model: Any) -> None:
+    """PEFT 0.21 hands a prefix over under a name that newer transformers have changed."""
+    import inspect
+
+    backbone = model.bert.forward
+    if "past_key_values" not in inspect.signature(backbone).parameters:
+        model.bert.forward = lambda *given, past_key_values=None, **more: backbone(
+            *given, cache=past_key_values, **more
+        )
+        model.bert.forward.__signature__ = inspect.Signature(
+            [inspect.Parameter("past_key_values", inspect.Parameter.KEYWORD_ONLY)]
+        )
+
+
+def add_adapters(model: Any) -> None:
+    """PEFT has no bottleneck adapters: Houlsby's, behind each dense layer that ends a sublayer, as ours are."""
+    import torch
+
+    class Adapted(torch.nn.Module):
+        def __init__(self, dense: Any):
+            super().__init__()
+            self.dense = dense
+            self.down = torch.nn.Linear(dense.out_features, BOTTLENECK)
+            self.up = torch.nn.Linear(BOTTLENECK, dense.out_features)
+            self.activation = torch.nn.GELU()
+
+        def forward(self, x: Any) -> Any:
+            y = self.dense(x)
+            return y + self.up(self.activation(self.down(y)))
+
+    for layer in model.bert.encoder.layer:
+        layer.attention.output.dense = Adapted(layer.attention.output.dense)
+        layer.output.dense = Adapted(layer.output.dense)
+
+
+def work(side: str, case: str) -> None:
+    """In a process of its own: a step for each line that comes in."""
+    begun = time.perf_counter()
+    run = {"ours": ours, "theirs": theirs}[side](*CASES[case])
+    built = time.perf_counter() - begun
+    for _ in sys.stdin:
+        begun = time.perf_counter()
+        loss = run()
+        taken = time.perf_counter() - begun
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print("answer", json.dumps({"seconds": taken, "loss": loss, "peak_mib": peak, "built": built}), flush=True)
+
+
+class Side:
+    """The process of one side."""
+
+    def __init__(self, side: str, case: str):
+        words = [sys.executable, __file__, "--work", side, "--cases", case]
+        environment = {"GLOG_v": "3", **os.environ}
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
+
+    def step(self) -> dict[str, float]:
+        """Have it make one step."""
+        assert self.process.stdin
+        assert self.process.stdout
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith("answer "):
+                return json.loads(line.removeprefix("answer "))
+        raise SystemExit(f"a side ended with {self.process.wait()}")
+
+    def end(self) -> None:
+        """No more steps."""
+        self.process.communicate()
+
+
+def measure(case: str, rounds: int) -> dict[str, Any]:
+    """Both sides of one case, in turn."""
+    sides = {name: Side(name, case) for name in ("ours", "theirs")}
+    row: dict[str, Any] = {}
+    for name, side in sides.items():
+        first = side.step()
+        row[name] = {"first_step_s": first["seconds"], "first_loss": first["loss"], "times_ms": []}
+        side.step()  # the second one may still set things up
+    for _ in range(rounds):
+        for name, side in sides.items():
+            answer = side.step()
+            row[name]["times_ms"].append(1000 * answer["seconds"])
+            row[name]["peak_mib"] = answer["peak_mib"]
+    for name, side in sides.items():
+        side.end()
+        row[name]["median_ms"] = statistics.median(row[name]["times_ms"])
+    row["ratio"] = statistics.median(
+        mine / yours for mine, yours in zip(row["ours"]["times_ms"], row["theirs"]["times_ms"], strict=True)
+    )
+    row["memory_ratio"] = row["ours"]["peak_mib"] / row["theirs"]["peak_mib"]
+    return row
+
+
+def main() -> None:
+    """Time, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--work", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.work:
+        work(options.work, options.cases[0])
+        return
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(f"The machine is not quiet: load {load:.1f}. Times will be off, ratios less so.", flush=True)
+    rows = {}
+    for case in options.cases:
+        rows[case] = row = measure(case, options.rounds)
+        mine, yours = row["ours"], row["theirs"]
+        print(
+            f"{case}: {mine['median_ms']:.0f} ms, PEFT {yours['median_ms']:.0f} ms, ratio {row['ratio']:.2f}; peak "
+            f"{mine['peak_mib']:.0f} and {yours['peak_mib']:.0f} MiB, ratio {row['memory_ratio']:.2f}; first step "
+            f"{mine['first_step_s']:.1f} and {yours['first_step_s']:.1f} s",
+            flush=True,
+        )
+    if options.json:
+        versions = {name: version(name) for name in ("mindspore", "torch", "transformers", "peft", "numpy")}
+        machine = {"system": platform.platform(), "cores": os.cpu_count(), "load": load}
+        content = {"rows": rows, "versions": versions, "machine": machine}
+        options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+// softmax(Q K^T scale + mask) V, head by head, without the probabilities in memory: the forward pass keeps nothing but
+// its output, and the backward pass computes the probabilities again, a block of queries at a time, where they fit into
+// the cache. Dao et al. 2022, FlashAttention, arXiv:2205.14135, section 3, with whole rows of scores in the place of tiles.
+#include "common.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t TILE_ROWS = 8;
+#elif defined(__AVX__)
+constexpr int64_t TILE_ROWS = 6;
+#else
+constexpr int64_t TILE_ROWS = 4;
+#endif
+constexpr int64_t TILE_COLUMNS = 2 * LANES;
+constexpr int64_t QUERIES = 64;  // in a block
+
+// C (ROWS, TILE_COLUMNS) = or += A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
+template <int64_t ROWS>
+inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
+                 int64_t c_row, bool add) {
+    Lanes left[ROWS], right[ROWS];
+    for (int64_t i = 0; i < ROWS; ++i) {
+        left[i] = add ? load(c + i * c_row) : Lanes{};
+        right[i] = add ? load(c + i * c_row + LANES) : Lanes{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        const Lanes b_left = load(b + k * b_row), b_right = load(b + k * b_row + LANES);
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < ROWS; ++i) {
+            const float factor = a[i * row + k * column];
+            left[i] += factor * b_left;
+            right[i] += factor * b_right;
+        }
+    }
+    for (int64_t i = 0; i < ROWS; ++i) {
+        store(c + i * c_row, left[i]);
+        store(c + i * c_row + LANES, right[i]);
+    }
+}
+
+// C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is a multiple of TILE_COLUMNS.
+void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t row, int64_t column, const float *b,
+              int64_t b_row, float *c, int64_t c_row, bool add) {
+    for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+        int64_t i = 0;
+        for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
+            tile<TILE_ROWS>(depth, a + i * row, row, column, b + j, b_row, c + i * c_row + j, c_row, add);
+        for (; i < rows; ++i) tile<1>(depth, a + i * row, row, column, b + j, b_row, c + i * c_row + j, c_row, add);
+    }
+}
+
+inline int64_t padded(int64_t size) { return (size + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS; }
+
+// y (rows, padded columns), zeros on the right.
+void pack(const float *x, int64_t x_row, int64_t rows, int64_t columns, float *y) {
+    const int64_t width = padded(columns);
+    for (int64_t i = 0; i < rows; ++i) {
+        std::memcpy(y + i * width, x + i * x_row, columns * sizeof(float));
+        for (int64_t j = columns; j < width; ++j) y[i * width + j] = 0.0f;
+    }
+}
+
+// y (columns, padded rows), the transpose, zeros on the right.
+void pack_transposed(const float *x, int64_t x_row, int64_t rows, int64_t columns, float *y) {
+    const int64_t width = padded(rows);
+    for (int64_t j = 0; j < columns; ++j) {
+        for (int64_t i = 0; i < rows; ++i) y[j * width + i] = x[i * x_row + j];
+        for (int64_t i = rows; i < width; ++i) y[j * width + i] = 0.0f;
+    }
+}
+
+// query (batch, queries, heads * dim), key and value (batch, keys, groups * dim), mask (batch or 1, heads or 1,
+// queries or 1, keys), words (int32), dropout (int32: two keys, threshold, process), heads (int32: heads, groups),
+// factors (scale of the scores, factor of what is kept). One word alone: nothing is dropped.
+struct Attention {
+    int64_t batch, queries, keys, heads, groups, dim, key_width, dim_width;
+    int64_t mask_batch, mask_head, mask_query, query_row, key_row;
+    const float *query, *key, *value, *mask;
+    const void *words, *dropout;
+    int64_t pool;
+    float scale, kept;
+    bool drops, fits = false;
+
+    explicit Attention(const Call &call) {
+        static const char *const kinds[] = {"float32", "float32", "float32", "float32", "int32", "int32", "int32", "float32"};
+        for (int index = 0; index < 8; ++index)
+            if (std::strcmp(call.dtypes[index], kinds[index]) != 0) return;
+        for (int index = 0; index < 3; ++index)
+            if (call.ndims[index] != 3) return;
+        if (call.ndims[3] != 4 || call.size(5) != 4 || call.size(6) != 2 || call.size(7) != 2) return;
+        const int32_t *counts = static_cast<const int32_t *>(call.params[6]);
+        heads = counts[0], groups = counts[1];
+        batch = call.shapes[0][0], queries = call.shapes[0][1], query_row = call.shapes[0][2];
+        keys = call.shapes[1][1], key_row = call.shapes[1][2];
+        if (heads < 1 || groups < 1 || heads % groups || query_row % heads) return;
+        dim = query_row / heads;
+        if (key_row != groups * dim || call.shapes[1][0] != batch || call.size(2) != call.size(1)) return;
+        const int64_t *shape = call.shapes[3];
+        if (shape[3] != keys || (shape[0] != batch && shape[0] != 1) || (shape[1] != heads && shape[1] != 1) ||
+            (shape[2] != queries && shape[2] != 1))
+            return;
+        mask_query = shape[2] == 1 ? 0 : keys;
+        mask_head = shape[1] == 1 ? 0 : shape[2] * keys;
+        mask_batch = shape[0] == 1 ? 0 : shape[1] * shape[2] * keys;
+        key_width = padded(keys), dim_width = padded(dim);
+        query = call[0], key = call[1], value = call[2], mask = call[3];
+        words = call.params[4], dropout = call.params[5];
+        pool = call.size(4), drops = pool > 1;
+        scale = call[7][0], kept = call[7][1];
+        if (drops && !mask_of_dropout().fits(batch * heads * queries, keys)) return;
+        fits = true;
+    }
+
+    // Probabilities (rows, key_width) of a block of queries, before dropout; `transposed` is the packed key.
+    void probabilities(int64_t sample, int64_t head, int64_t first, int64_t rows, const float *transposed, float *p) const {
+        const float *q = query + (sample * queries + first) * query_row + head * dim;
+        multiply(rows, key_width, dim, q, query_row, 1, transposed, key_width, p, key_width, false);
+        for (int64_t i = 0; i < rows; ++i) {
+            float *row = p + i * key_width;
+            const float *add = mask + sample * mask_batch + head * mask_head + (first + i) * mask_query;
+#pragma omp simd
+            for (int64_t j = 0; j < keys; ++j) row[j] = row[j] * scale + add[j];
+            softmax_row(row, keys);
+            for (int64_t j = keys; j < key_width; ++j) row[j] = 0.0f;
+        }
+    }
+
+    Dropout mask_of_dropout() const { return Dropout(words, pool, dropout, batch * heads * queries); }
+
+    // What the probabilities of one query are multiplied by.
+    void factors(int64_t sample, int64_t head, int64_t index, float *factor) const {
+        mask_of_dropout().factors((sample * heads + head) * queries + index, keys, kept, factor);
+    }
+};
+
+// work(sample, group, scratch) for every pair, on all threads; a thread without memory fails the call.
+template <class Work>
+int each_group(const Attention &attention, int64_t floats, const Work &work) {
+    std::atomic<bool> failed{false};
+    Pool::instance().run(attention.batch * attention.groups, [&](int64_t index) {
+        float *room = scratch.room(floats);
+        if (room)
+            work(index / attention.groups, index % attention.groups, room);
+        else
+            failed = true;
+    });
+    return failed ? 1 : 0;
+}
+
+}  // namespace
+
+// ---- query, key, value, mask, words, dropout, heads, factors, output (batch, queries, heads * dim)
+KERNEL attention_forward(ARGUMENTS) {
+    CALL;
+    if (count != 9) return 1;
+    const Attention self(call);
+    if (!self.fits || call.size(8) != call.size(0)) return 1;
+    const int64_t width = self.key_width, wide = self.dim_width, dim = self.dim;
+    const int64_t floats = dim * width + self.keys * wide + QUERIES * (width + wide) + width;
+    float *output = call[8];
+    return each_group(self, floats, [&, width, wide, dim](int64_t sample, int64_t group, float *room) {
+        float *key = room, *value = key + dim * width, *p = value + self.keys * wide;
+        float *mixed = p + QUERIES * width, *factor = mixed + QUERIES * wide;
+        const int64_t begin = sample * self.keys * self.key_row + group * dim;
+        pack_transposed(self.key + begin, self.key_row, self.keys, dim, key);
+        pack(self.value + begin, self.key_row, self.keys, dim, value);
+        const int64_t each = self.heads / self.groups;
+        for (int64_t head = group * each; head < (group + 1) * each; ++head)
+            for (int64_t first = 0; first < self.queries; first += QUERIES) {
+                const int64_t rows = self.queries - first < QUERIES ? self.queries - first : QUERIES;
+                self.probabilities(sample, head, first, rows, key, p);
+                if (self.drops)
+                    for (int64_t i = 0; i < rows; ++i) {
+                        self.factors(sample, head, first + i, factor);
+                        float *row = p + i * width;
+#pragma omp simd
+                        for (int64_t j = 0; j < self.keys; ++j) row[j] *= factor[j];
+                    }
+                multiply(rows, wide, self.keys, p, width, 1, value, wide, mixed, wide, false);
+                for (int64_t i = 0; i < rows; ++i)
+                    std::memcpy(output + (sample * self.queries + first + i) * self.query_row + head * dim,
+                                mixed + i * wide, dim * sizeof(float));
+            }
+    });
+}
+
+// query, key, value, mask, words, dropout, heads, factors, output, d(output), d(query), d(key), d(value)
+KERNEL attention_backward(ARGUMENTS) {
+    CALL;
+    if (count != 13) return 1;
+    const Attention self(call);
+    if (!self.fits || std::strcmp(dtypes[8], "float32") != 0 || std::strcmp(dtypes[9], "float32") != 0) return 1;
+    for (int index = 8; index < 13; ++index)
+        if (call.size(index) != call.size(index < 11 ? 0 : 1)) return 1;
+    const int64_t width = self.key_width, wide = self.dim_width, dim = self.dim, keys = self.keys;
+    const int64_t floats = 2 * dim * width + 3 * keys * wide + QUERIES * (3 * width + 3 * wide) + width;
+    const float *output = call[8], *d_output = call[9];
+    float *d_query = call[10], *d_key = call[11], *d_value = call[12];
+    return each_group(self, floats, [&, width, wide, dim, keys](int64_t sample, int64_t group, float *room) {
+        float *key_across = room, *value_across = key_across + dim * width, *key = value_across + dim * width;
+        float *key_sum = key + keys * wide, *value_sum = key_sum + keys * wide, *p = value_sum + keys * wide;
+        float *dropped = p + QUERIES * width, *d_p = dropped + QUERIES * width, *q = d_p + QUERIES * width;
+        float *d_out = q + QUERIES * wide, *d_q = d_out + QUERIES * wide, *factor = d_q + QUERIES * wide;
+        const int64_t begin = sample * keys * self.key_row + group * dim;
+        pack_transposed(self.key + begin, self.key_row, keys, dim, key_across);
+        pack_transposed(self.value + begin, self.key_row, keys, dim, value_across);
+        pack(self.key + begin, self.key_row, keys, dim, key);
+        std::memset(key_sum, 0, 2 * keys * wide * sizeof(float));
+        for (int64_t j = 0; j < width; ++j) factor[j] = 1.0f;
+        const int64_t each = self.heads / self.groups;
+        for (int64_t head = group * each; head < (group + 1) * each; ++head)
+            for (int64_t first = 0; first < self.queries; first += QUERIES) {
+                const int64_t rows = self.queries - first < QUERIES ? self.queries - first : QUERIES;
+                const int64_t place = (sample * self.queries + first) * self.query_row + head * dim;
+                self.probabilities(sample, head, first, rows, key_across, p);
+                pack(self.query + place, self.query_row, rows, dim, q);
+                pack(d_output + place, self.query_row, rows, dim, d_out);
+                multiply(rows, width, dim, d_out, wide, 1, value_across, width, d_p, width, false);
+                for (int64_t i = 0; i < rows; ++i) {
+                    if (self.drops) self.factors(sample, head, first + i, factor);
+                    const float *out = output + place + i * self.query_row, *grad = d_out + i * wide;
+                    float dot = 0.0f;
+#pragma omp simd reduction(+ : dot)
+                    for (int64_t j = 0; j < dim; ++j) dot += out[j] * grad[j];
+                    float *row = p + i * width, *with = dropped + i * width, *slope = d_p + i * width;
+#pragma omp simd
+                    for (int64_t j = 0; j < keys; ++j) {
+                        with[j] = row[j] * factor[j];
+                        slope[j] = row[j] * (slope[j] * factor[j] - dot) * self.scale;
+                    }
+                    for (int64_t j = keys; j < width; ++j) with[j] = slope[j] = 0.0f;
+                }
+                multiply(keys, wide, rows, dropped, 1, width, d_out, wide, value_sum, wide, true);
+                multiply(keys, wide, rows, d_p, 1, width, q, wide, key_sum, wide, true);
+                multiply(rows, wide, keys, d_p, width, 1, key, wide, d_q, wide, false);
+                for (int64_t i = 0; i < rows; ++i)
+                    std::memcpy(d_query + place + i * self.query_row, d_q + i * wide, dim * sizeof(float));
+            }
+        for (int64_t i = 0; i < keys; ++i) {
+            std::memcpy(d_key + begin + i * self.key_row, key_sum + i * wide, dim * sizeof(float));
+            std::memcpy(d_value + begin + i * self.key_row, value_sum + i * wide, dim * sizeof(float));
+        }
+    });
+}

@@ -1,0 +1,290 @@
+// What the kernels share: threads, the exponential, the arguments of a call, pieces of work.
+//
+// Every exported function has the signature of an ahead-of-time Custom operator: `params` holds the inputs and then the
+// outputs, `shapes` and `ndims` their sizes. It returns 0, or 1 for arguments it does not take.
+#pragma once
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <system_error>
+#include <thread>
+
+#define KERNEL extern "C" int
+#define ARGUMENTS int count, void **params, int *ndims, int64_t **shapes, const char **dtypes, void *, void *
+
+// Before the first kernel runs. MindSpore sets OMP_NUM_THREADS to 1 when nobody else has set it, for itself alone.
+extern int mindpet_wanted_threads;
+
+namespace mindpet {
+
+constexpr int64_t CHUNK = 8192;     // elements that a thread takes at a time
+constexpr int64_t SMALL = 65536;    // elements below which waking other threads costs more than it saves
+
+// Threads that sleep between two kernels. OpenMP's would go on spinning for a while and take the processor away from
+// the matrix product that follows. A thread that does not wake up in time is not waited for: whoever is awake takes the
+// next chunk. A second kernel at the same time runs on its caller's thread alone, and so does every kernel of a process
+// that was forked: it has none of the threads, and mutexes and condition variables as they stood at that moment.
+class Pool {
+public:
+    static Pool &instance() {
+        static Pool *pool = new Pool;  // never destroyed: its threads sleep until the process ends
+        return *pool;
+    }
+
+    // body(chunk) for every chunk of [0, count).
+    void run(int64_t count, const std::function<void(int64_t)> &body) {
+        std::unique_lock<std::mutex> mine(busy_, std::defer_lock);
+        if (workers_ == 0 || count < 2 || getpid() != pid_ || !mine.try_lock()) {
+            for (int64_t chunk = 0; chunk < count; ++chunk) body(chunk);
+            return;
+        }
+        {
+            const std::lock_guard<std::mutex> guard(lock_);
+            body_ = &body;
+            next_ = 0;
+            count_ = count;
+            ++job_;
+        }
+        for (int64_t woken = 0; woken < workers_ && woken < count - 1; ++woken) wake_.notify_one();
+        work(body, count);
+        std::unique_lock<std::mutex> guard(lock_);
+        body_ = nullptr;
+        done_.wait(guard, [this] { return active_ == 0; });
+    }
+
+private:
+    Pool() {
+        for (int64_t wanted = threads() - 1; workers_ < wanted; ++workers_) {
+            try {
+                std::thread([this] { serve(); }).detach();
+            } catch (const std::system_error &) {  // no more threads for this process
+                return;
+            }
+        }
+    }
+
+    // As many as `mindpet_threads` was told, else OMP_NUM_THREADS, else the processors that this process may use.
+    static int64_t threads() {
+        if (mindpet_wanted_threads > 0) return mindpet_wanted_threads;
+        const char *given = std::getenv("OMP_NUM_THREADS");
+        if (given && std::atoi(given) > 0) return std::atoi(given);
+        cpu_set_t mine;
+        return sched_getaffinity(0, sizeof mine, &mine) == 0 ? CPU_COUNT(&mine) : 1;
+    }
+
+    void work(const std::function<void(int64_t)> &body, int64_t count) {
+        for (int64_t chunk = next_++; chunk < count; chunk = next_++) body(chunk);
+    }
+
+    void serve() {
+        uint64_t seen = 0;
+        std::unique_lock<std::mutex> guard(lock_);
+        for (;;) {
+            wake_.wait(guard, [&] { return body_ != nullptr && job_ != seen; });
+            seen = job_;
+            const std::function<void(int64_t)> &body = *body_;
+            const int64_t count = count_;
+            ++active_;
+            guard.unlock();
+            work(body, count);
+            guard.lock();
+            if (--active_ == 0) done_.notify_one();
+        }
+    }
+
+    const pid_t pid_ = getpid();
+    std::mutex busy_, lock_;
+    std::condition_variable wake_, done_;
+    const std::function<void(int64_t)> *body_ = nullptr;
+    std::atomic<int64_t> next_{0};
+    int64_t count_ = 0, workers_ = 0;
+    int active_ = 0;
+    uint64_t job_ = 0;
+};
+
+#if defined(__AVX512F__)
+constexpr int64_t LANES = 16;
+#elif defined(__AVX__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(LANES * 4)));  // one register
+
+inline Lanes load(const float *from) {
+    Lanes lanes;
+    std::memcpy(&lanes, from, sizeof lanes);
+    return lanes;
+}
+
+inline void store(float *to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
+
+// Memory of one thread, kept for its next call; aligned to a cache line.
+class Scratch {
+public:
+    ~Scratch() { std::free(memory_); }
+
+    // Room for `floats`, or null.
+    float *room(int64_t floats) {
+        if (floats > size_) {
+            std::free(memory_);
+            const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+            memory_ = static_cast<float *>(std::aligned_alloc(64, bytes));
+            size_ = memory_ ? floats : 0;
+        }
+        return memory_;
+    }
+
+private:
+    float *memory_ = nullptr;
+    int64_t size_ = 0;
+};
+
+inline thread_local Scratch scratch;
+
+// Masks of dropout: entry (row, column) of a mask is kept when words[row] a words[column from the end] + b is at or above
+// the threshold. `keys`: a, b, threshold, and the rank of the process, whose rows come after those of the ones before it.
+struct Dropout {
+    const uint32_t *words, *keys;
+    int64_t pool, begin;  // words, and the row of the whole mask that is this process's first
+
+    Dropout(const void *all, int64_t pool, const void *given, int64_t rows)
+        : words(static_cast<const uint32_t *>(all)), keys(static_cast<const uint32_t *>(given)), pool(pool),
+          begin(keys[3] * rows) {}
+
+    bool fits(int64_t rows, int64_t columns) const { return begin + rows <= pool && columns <= pool; }
+
+    // What the entries of a row are multiplied by: 0 or `kept`.
+    void factors(int64_t row, int64_t columns, float kept, float *factor) const {
+        const uint32_t word = words[begin + row] * keys[0], shift = keys[1];
+        const int32_t threshold = static_cast<int32_t>(keys[2]);
+        const uint32_t *last = words + pool - columns;
+#pragma omp simd
+        for (int64_t j = 0; j < columns; ++j)
+            factor[j] = static_cast<int32_t>(word * last[j] + shift) >= threshold ? kept : 0.0f;
+    }
+};
+
+// e^x for x <= 0, relative error 1e-7; 0 below -87.
+inline float exp_of_negative(float x) {
+    const float bounded = x < -87.0f ? -87.0f : x;
+    const float shifted = bounded * 1.44269504f + 12582912.0f;  // the low bits hold round(x / ln 2)
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    const float power = shifted - 12582912.0f;
+    const float r = (bounded - power * 0.693359375f) + power * 2.12194440e-4f;  // x - power ln 2, ln 2 in two parts
+    float p = 1.3951717e-3f;
+    p = p * r + 8.3695920e-3f;
+    p = p * r + 4.1666187e-2f;
+    p = p * r + 1.6666514e-1f;
+    p = p * r + 0.5f;
+    p = p * r * r + r + 1.0f;
+    const uint32_t scale_bits = (bits << 23) + 0x3f800000u;  // 2^power
+    float scale;
+    std::memcpy(&scale, &scale_bits, 4);
+    return x < -87.0f ? 0.0f : p * scale;
+}
+
+inline int64_t size_of(int ndim, const int64_t *shape) {
+    int64_t size = 1;
+    for (int axis = 0; axis < ndim; ++axis) size *= shape[axis];
+    return size;
+}
+
+// The arguments of one call.
+struct Call {
+    int count;
+    void **params;
+    int *ndims;
+    int64_t **shapes;
+    const char **dtypes;
+
+    bool floats(int expected, int integers = -1) const {  // `integers`: the one parameter that is int32
+        if (count != expected) return false;
+        for (int index = 0; index < count; ++index)
+            if (std::strcmp(dtypes[index], index == integers ? "int32" : "float32") != 0) return false;
+        return true;
+    }
+    float *operator[](int index) const { return static_cast<float *>(params[index]); }
+    int64_t size(int index) const { return size_of(ndims[index], shapes[index]); }
+    int64_t columns(int index) const { return ndims[index] ? shapes[index][ndims[index] - 1] : 1; }
+    int64_t rows(int index) const { return ndims[index] ? size_of(ndims[index] - 1, shapes[index]) : 1; }
+    // Whether a parameter has an entry for each of the first one's entries, columns, rows.
+    bool per_entry(int index) const { return size(index) == size(0); }
+    bool per_column(int index) const { return size(index) == columns(0); }
+    bool per_row(int index) const { return size(index) == rows(0); }
+};
+
+// body(first, last) for pieces of [0, size), on all threads; an index stands for `weight` elements of work.
+template <class Body>
+void each_piece(int64_t size, int64_t weight, const Body &body) {
+    if (size * weight <= SMALL) {
+        body(int64_t{0}, size);
+        return;
+    }
+    const int64_t step = weight < CHUNK ? CHUNK / (weight > 1 ? weight : 1) : 1;
+    Pool::instance().run((size + step - 1) / step, [&](int64_t chunk) {
+        const int64_t first = chunk * step;
+        body(first, first + step < size ? first + step : size);
+    });
+}
+
+// body(row) for every row, on all threads.
+template <class Body>
+void each_row(int64_t rows, int64_t columns, const Body &body) {
+    each_piece(rows, columns, [&](int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) body(row);
+    });
+}
+
+inline float largest(const float *x, int64_t columns) {
+    float top = -INFINITY;
+#pragma omp simd reduction(max : top)
+    for (int64_t i = 0; i < columns; ++i) top = x[i] > top ? x[i] : top;
+    return top;
+}
+
+// y = e^(x - top); their sum is returned. `y` may be `x`.
+inline float exponentials(const float *x, float *y, int64_t columns, float top) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < columns; ++i) {
+        const float e = exp_of_negative(x[i] - top);
+        y[i] = e;
+        sum += e;
+    }
+    return sum;
+}
+
+inline float sum_of_exponentials(const float *x, int64_t columns, float top) {
+    float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < columns; ++i) sum += exp_of_negative(x[i] - top);
+    return sum;
+}
+
+inline void softmax_row(float *y, int64_t columns) {
+    const float top = largest(y, columns);
+    const float factor = 1.0f / exponentials(y, y, columns, top);
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) y[i] *= factor;
+}
+
+}  // namespace mindpet
+
+using namespace mindpet;
+
+#define CALL \
+    const Call call { count, params, ndims, shapes, dtypes }
