@@ -17,7 +17,15 @@ from mindpet.delta import AdapterDense, LoRADense, LowRankAdapterDense, method_n
 from mindpet.graph import inject
 from mindpet.models.families import FAMILIES
 from mindpet.parallel import ParallelConfig, strategies
-from mindpet.train.activations import Cutting, LayerSizes, Trained, at_the_turn, index_lists, kept_in_layer
+from mindpet.train.activations import (
+    Cutting,
+    LayerSizes,
+    Trained,
+    at_the_turn,
+    index_lists,
+    kept_in_layer,
+    spared_by_attention,
+)
 from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import strategies_of
 from mindpet.train.plan import plan
@@ -79,13 +87,21 @@ def test_the_turn_is_the_loss_or_the_last_block():
 
 
 def test_lists_of_cpu_operators():
-    """As counted in MindSpore: BERT has 8 transposes of (rows, hidden); LLaMA also turns queries and keys."""
+    """As counted in MindSpore: BERT has 8 transposes of (rows, hidden), or none; LLaMA also turns queries and keys."""
     rows = 16 * 128
-    assert index_lists(BERT, 2, 16, 128, True) == 8 * (2 * 8 + 6) * rows * 96
+    assert index_lists(BERT, 2, 16, 128, True) == 8 * 6 * rows * 96
     in_layer = index_lists(LLAMA, 3, 16, 128, True) - index_lists(LLAMA, 2, 16, 128, True)
-    assert in_layer == 8 * rows * (4 * 96 + 4 * 48 + 8 * 96 + 8 * 48)
+    assert in_layer == 8 * rows * (8 * 96 + 8 * 48)
     own, ours = (index_lists(BERT, 1, 16, 128, kernels) for kernels in (False, True))
-    assert own - ours == 8 * 4 * rows * (4 * 128 + 320)
+    assert own - ours == 8 * 4 * rows * (2 * 96 + 4 * 128 + 320)
+
+
+def test_attention_on_a_cpu_keeps_its_output_in_the_place_of_its_weights():
+    assert spared_by_attention(BERT, Trained(), 3, 40, 20) == 3 * 4 * 40 * 60 - 3 * 40 * 96
+    assert spared_by_attention(BERT, Trained(frozenset("m")), 3, 40, 0) == 3 * 4 * 40 * 40
+    one, own = (plan("bert-base-chinese", "lora", batch=2, seq=64, kernels=kernels) for kernels in (True, False))
+    assert one.spared == 4 * 12 * (2 * 12 * 64 * 64 - 2 * 64 * 768)
+    assert own.spared == 0
 
 
 @pytest.mark.parametrize("cut", ["rows", "columns"])

@@ -6,7 +6,7 @@ tokens of a prefix, a layer keeps, in numbers:
 
 .. math::
     \text{queries, keys, values} \quad & n q + 2 n k\,(s + t) / s \\
-    \text{output of the attention} \quad & n q \\
+    \text{attention weights, after softmax} \quad & n\,a\,(s + t) \\
     \text{inputs of the two norms} \quad & 2 n h \\
     \text{input of GELU, or gate and values of SwiGLU} \quad & n f \ \text{or}\ 2 n f
 
@@ -14,6 +14,7 @@ and, only if the weight or a low-rank branch of a dense layer trains that reads 
 
 .. math::
     x \text{: queries, keys, values} \quad & n h \\
+    m \text{: output of the attention} \quad & n q \\
     y \text{: first half of the feed-forward network} \quad & n h \\
     z \text{: second half} \quad & n f
 
@@ -22,10 +23,8 @@ bottleneck b before and after its activation). A frozen dense layer keeps nothin
 weight. BitFit keeps nothing besides: the gradient of a bias needs no input. Layers below the lowest one that trains
 keep nothing at all.
 
-MindSpore's own operators keep more than `mindpet.kernels` do: attention keeps its weights after softmax, n a (s + t),
-and its output, n q, only if the dense layer that reads it needs it; the exact GELU is taken apart, which keeps 3 n f
-in the place of n f, and its tanh form 5 n f; SwiGLU 4 n f in the place of 2 n f; a RMSNorm whose weight trains n h
-besides.
+MindSpore's own operators keep more than `mindpet.kernels` do: the exact GELU is taken apart, which keeps 3 n f in the
+place of n f, and its tanh form 5 n f; SwiGLU 4 n f in the place of 2 n f; a RMSNorm whose weight trains n h besides.
 
 The peak is the larger of two moments. At the beginning of the backward pass everything kept is there, and with it
 
@@ -190,19 +189,20 @@ def kept_in_layer(
     ours = 2 if sizes.gated else 1
     return {
         "queries, keys, values": rows * sizes.queries // here + 2 * keys * batch * (seq + prefix),
-        **(
-            {"output of attention": rows * sizes.queries // here}
-            if kernels
-            else {"attention weights": batch * sizes.heads // here * seq * (seq + prefix)}
-        ),
+        "attention weights": batch * sizes.heads // here * seq * (seq + prefix),
         "norms": norms,
         "SwiGLU" if sizes.gated else "GELU": inner * (ours if kernels else own),
         "inputs of dense layers": sum(
-            rows * sizes.width(place) // cutting.input_parts(place)
-            for place in trained.inputs - (frozenset("m") if kernels else frozenset())
+            rows * sizes.width(place) // cutting.input_parts(place) for place in trained.inputs
         ),
         "of the method": rows * trained.extra,
     }
+
+
+def spared_by_attention(sizes: LayerSizes, trained: Trained, batch: int, seq: int, prefix: int) -> int:
+    """Numbers of :func:`kept_in_layer` that our attention on a CPU does not keep: weights; it keeps m, its output."""
+    kept = 0 if "m" in trained.inputs else batch * seq * sizes.queries
+    return batch * sizes.heads * seq * (seq + prefix) - kept
 
 
 def at_the_turn(sizes: LayerSizes, batch: int, seq: int, cutting: Cutting, item: int, kernels: bool) -> int:

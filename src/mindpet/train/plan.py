@@ -20,6 +20,7 @@ from mindpet.train.activations import (
     layer_sizes,
     place_of,
     positions_of,
+    spared_by_attention,
 )
 from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import (
@@ -65,6 +66,7 @@ class Plan:
         strategies: pattern of paths to the arguments of ``shard``; of an adapted layer, or of a dense layer's
             ``matmul`` and ``bias_add``.
         lists: bytes of lists that MindSpore's CPU operators keep; no other device has them.
+        spared: bytes of activations that our attention on a CPU does not keep.
         layers: of the network.
     """
 
@@ -85,6 +87,7 @@ class Plan:
     flops: float
     strategies: dict[str, dict[str, tuple]]
     lists: int
+    spared: int
     layers: int
 
     @property
@@ -106,7 +109,7 @@ class Plan:
     def process_memory(self) -> int:
         """Bytes that a single CPU process of ours has at its peak: the above, the framework's own and the lists."""
         framework = int((PROCESS + PROCESS_LAYER * self.layers) * 2**20)
-        moving = int(SCATTERED * max(self.activations, self.gradients))
+        moving = int(SCATTERED * max(self.activations - self.spared, self.gradients))
         return framework + self.weights + self.delta + self.optimizer + moving + self.lists
 
     def seconds(self, bandwidth: float, speed: float) -> tuple[float, float]:
@@ -213,11 +216,13 @@ class _Planner:
         trains = [size for (path, name), size in own.items() if f"{path}.{name}" in self.trained] + added
         layers = range(self.sizes.layers)
         kept: dict[str, int] = {}
+        spared = 0
         reached = [layer for layer in layers if layer >= self._lowest()]
         for layer in reached:
             prefix = self.given.get("tokens", 0) if self.method in ("prefix", "ptuning2") else 0
-            parts = (self._trained_in(layer), here, seq, prefix, self.cutting, self.kernels)
-            for name, numbers in kept_in_layer(self.sizes, *parts).items():
+            parts = (self._trained_in(layer), here, seq, prefix)
+            spared += spared_by_attention(self.sizes, *parts) * self.item if self.kernels else 0
+            for name, numbers in kept_in_layer(self.sizes, *parts, self.cutting, self.kernels).items():
                 kept[name] = kept.get(name, 0) + numbers * self.item
         sums = sum(own_sums(self.method, cell, self.given, self._rank(cell), self.cutting)
                    for cell in self.adapted if place_of(cell.path))  # fmt: skip
@@ -243,6 +248,7 @@ class _Planner:
             flops=self._flops(here, seq, len(reached)),
             strategies=self._strategies(data_parallel),
             lists=lists,
+            spared=spared,
             layers=self.sizes.layers,
         )
 
