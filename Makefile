@@ -5,15 +5,16 @@ INSTALLED := $(VENV)/.installed
 FETCHED := $(VENV)/.fetched
 MODELS := $(VENV)/.models
 CORPORA := $(VENV)/.corpora
+COMPARED := $(VENV)/.interop
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help install fetch models corpora comparison quickstart test interop mindformers lint format docs bench clean
+.PHONY: help install fetch models corpora comparison quickstart test interop mindformers lint format docs bench bench-quick clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
 
 install: $(INSTALLED)  ## make .venv and install mindpet with everything the targets below need
 
@@ -69,8 +70,7 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 test: $(FETCHED) $(MODELS)  ## run all tests, in PyNative and in graph mode
 	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
-interop: $(FETCHED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
-	@$(PIP) -c constraints.txt -e '.[dev,interop]'
+interop: $(COMPARED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
 	$(BIN)/python -m pytest -m interop $(ARGS)
 
 mindformers: $(FETCHED)  ## run MindFormers' own LoRA adapter on this package; installs it without its dependencies
@@ -92,9 +92,19 @@ format: $(INSTALLED)  ## put the code into shape
 docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/mkdocs build --strict
 
-bench: $(FETCHED)  ## time a tuning step of each method, and what injection and deltas cost
+bench: $(COMPARED)  ## time tuning steps beside Hugging Face PEFT, each method, processes, injection: about half an hour
+	$(BIN)/python benchmarks/against_peft.py --json runs/bench/peft.json --picture runs/bench/peft.png
 	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/inject.py
+
+bench-quick: $(COMPARED)  ## a LoRA step of BERT-base beside Hugging Face PEFT, two minutes
+	$(BIN)/python benchmarks/against_peft.py --cases bert-lora --rounds 3
+
+$(COMPARED): $(FETCHED)
+	@echo "Installing torch, transformers and PEFT to compare with..."
+	@$(PIP) -c constraints.txt -e '.[dev,interop]'
+	@touch $@
 
 clean:  ## remove .venv and everything that was made
 	rm -rf $(VENV) site build dist runs

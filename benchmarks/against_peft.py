@@ -1,6 +1,6 @@
 """Time tuning steps beside Hugging Face PEFT on the same machine, step by step in turn.
 
-python benchmarks/against_peft.py [--cases bert-lora bert-full] [--rounds 5] [--json peft.json]
+python benchmarks/against_peft.py [--cases bert-lora bert-full] [--rounds 5] [--json peft.json] [--picture peft.png]
 
 Each side is a process of its own with all cores, and waits while the other one works: a step here, a step there, so
 that whatever else the machine does hits both alike. Medians, their ratio, the time of the first step (with compilation)
@@ -235,12 +235,36 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
     return row
 
 
+def draw(rows: dict[str, Any], path: Path) -> None:
+    """Bars of time and memory, ours as a share of PEFT's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 0.6 * len(rows) + 1.4), layout="constrained")
+    places = np.arange(len(rows))
+    for shift, key, name in ((-0.2, "ratio", "time of a step"), (0.2, "memory_ratio", "peak memory")):
+        values = [row[key] for row in rows.values()]
+        bars = axes.barh(places + shift, values, 0.38, label=name)
+        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(places, list(rows))
+    axes.invert_yaxis()
+    axes.set_xlabel("mindpet as a share of torch with PEFT; less is better")
+    axes.margins(x=0.12)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 def main() -> None:
     """Time, print, and write JSON if asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), metavar="CASE")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--picture", type=Path, default=None)
     parser.add_argument("--work", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -259,7 +283,10 @@ def main() -> None:
             f"{mine['first_step_s']:.1f} and {yours['first_step_s']:.1f} s",
             flush=True,
         )
+    if options.picture:
+        draw(rows, options.picture)
     if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
         versions = {name: version(name) for name in ("mindspore", "torch", "transformers", "peft", "numpy")}
         machine = {"system": platform.platform(), "cores": os.cpu_count(), "load": load}
         content = {"rows": rows, "versions": versions, "machine": machine}

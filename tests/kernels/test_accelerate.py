@@ -124,7 +124,7 @@ def test_products_of_dense_layers(mode, adapted, rng):
     network = Wide()
     if adapted:
         randomise_deltas(mindpet.inject(network, LoRAConfig(rank=4, targets=["up", "down"])))
-    x = Tensor(rng.standard_normal((5, 7, 160)), ms.float32)
+    x = Tensor(rng.standard_normal((5, 10, 160)), ms.float32)
     gradient = ops.value_and_grad(SquareSum(network), 0, ms.ParameterTuple(network.trainable_params()))
     value, (for_x, for_weights) = gradient(x)
     mindpet.accelerate(network)

@@ -12,6 +12,7 @@ from mindpet import _compat
 from mindpet.kernels import operators
 
 _WORTHWHILE = 1 << 20  # multiplications of a product below which MindSpore's operator does as well
+_ROWS = 48  # below which packing the weight costs too much
 
 
 class Fast:
@@ -101,7 +102,8 @@ class FastMatMul(Fast, nn.Cell):
         self.fast, self.original = operators.Product(), original
 
     def construct(self, x, weight):
-        if self.takes(x) and self.takes(weight) and len(x.shape) == 2 and x.shape[0] * weight.size >= _WORTHWHILE:
+        known = self.takes(x) and self.takes(weight) and len(x.shape) == 2
+        if known and x.shape[0] >= _ROWS and x.shape[0] * weight.size >= _WORTHWHILE:
             return self.fast(x, weight)
         return self.original(x, weight)
 
