@@ -178,6 +178,53 @@ def test_nan_goes_through(name, mode, rng):
     assert np.isfinite(rest).all()
 
 
+def test_deep_products_add_up_their_blocks(rng):
+    x, weight = (rng.standard_normal(shape).astype(np.float32) for shape in ((200, 1700), (70, 1700)))
+    wide = [value.astype(np.float64) for value in (x, weight)]
+    operator = operators.Product()
+    np.testing.assert_allclose(operator(*tensors((x, weight))).asnumpy(), formulas.product(*wide), atol=5e-4)
+    probe = rng.standard_normal((200, 70)).astype(np.float32)
+    for_x, for_weight = ops.grad(Probed(operator), (1, 2))(*tensors((probe, x, weight)))
+    np.testing.assert_allclose(for_x.asnumpy(), probe.astype(np.float64) @ wide[1], atol=5e-5)
+    np.testing.assert_allclose(for_weight.asnumpy(), probe.astype(np.float64).T @ wide[0], atol=2e-4)
+
+
+@pytest.mark.parametrize("mask", [(1, 1, 1), (2, 1, 1), (2, 1, 150), (1, 6, 150), (2, 6, 150)])
+@pytest.mark.parametrize("drops", [False, True])
+def test_attention_of_more_queries_than_a_block(mask, drops, rng):
+    """Against the same in MindSpore's operators, with the mask of dropout as a constant."""
+    query = rng.standard_normal((2, 150, 6 * 20)).astype(np.float32)
+    key, value = (rng.standard_normal((2, 90, 2 * 20)).astype(np.float32) for _ in range(2))
+    hidden = rng.standard_normal((*mask, 90)).astype(np.float32)
+    words = rng.integers(-(2**31), 2**31, 1 << 13).astype(np.int32)[: None if drops else 1]
+    keys = np.array([12345, -678, -(2**30), 1], np.int32)
+    factor = formulas.kept(words, keys, 2 * 6 * 150, 90).reshape(2, 6, 150, 90) * 1.25 if drops else np.ones(1)
+    factor = Tensor(factor.astype(np.float32))
+
+    class Plain(nn.Cell):
+        def construct(self, probe, query, key, value):
+            query, key, value = (
+                x.reshape((2, x.shape[1], -1, 20)).transpose((0, 2, 1, 3)) for x in (query, key, value)
+            )
+            key, value = (ops.repeat_interleave(x, 3, 1) for x in (key, value))
+            weights = ops.softmax(ops.matmul(query, key.swapaxes(2, 3)) * 0.3 + Tensor(hidden), -1) * factor
+            return (ops.matmul(weights, value).transpose((0, 2, 1, 3)).reshape((2, 150, -1)) * probe).sum()
+
+    class Fast(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.operator = operators.Attention(6, 2, 0.3, 1.25)
+
+        def construct(self, probe, query, key, value):
+            return (self.operator(query, key, value, Tensor(hidden), Tensor(words), Tensor(keys)) * probe).sum()
+
+    probe = rng.standard_normal(query.shape).astype(np.float32)
+    results = [ops.value_and_grad(cell, (1, 2, 3))(*tensors((probe, query, key, value))) for cell in (Fast(), Plain())]
+    np.testing.assert_allclose(float(results[0][0]), float(results[1][0]), rtol=1e-4)
+    for ours, theirs in zip(results[0][1], results[1][1]):
+        np.testing.assert_allclose(ours.asnumpy(), theirs.asnumpy(), atol=2e-5)
+
+
 def test_nan_goes_through_dropout_products_and_attention(mode, rng):
     x, words, keys = inputs_for("dropout", (4, 40), rng)
     x[1, 3] = np.nan

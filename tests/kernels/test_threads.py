@@ -54,15 +54,25 @@ def test_wrong_arguments_are_refused_and_not_read():
     key = np.zeros((1, 2, 2), np.float32)
     attention = (query, key, key, four, words[:1], keys, counts, factors)
     others = (query[0], query, key[:, :1], four[..., :1], words[:3], keys[:3], np.array([3, 2], np.int32), factors[:1])
+    # what is right but for one thing
+    direct.call(library, "attention_forward", *attention, shape=query.shape)
+    direct.call(library, "attention_backward", *attention, query, query, shape=query.shape, more=(key.shape, key.shape))
+    direct.call(library, "dense_forward", x, x, shape=(2, 2))
+    for at, other in enumerate(others):
+        with pytest.raises(ValueError, match="returned 1"):
+            inputs = (*attention[:at], other, *attention[at + 1 :])
+            direct.call(library, "attention_forward", *inputs, shape=(other if at == 0 else query).shape)
+    for inputs, more in (((query, query), (key.shape, query.shape)), ((query, key), (key.shape, key.shape))):
+        with pytest.raises(ValueError, match="returned 1"):
+            direct.call(library, "attention_backward", *attention, *inputs, shape=query.shape, more=more)
+    with pytest.raises(ValueError, match="returned 1"):
+        direct.call(library, "dense_forward", x, x[:, :2], shape=(2, 2))
     wrong = [
-        ("dense_forward", (x, x[:, :2])),
         ("dense_forward", (x, x[0])),
         ("dense_backward", (x, x)),
         ("dropout_apply", (x, words, keys[:3], epsilon)),
         ("dropout_apply", (x, words[:2], keys, epsilon)),
         ("dropout_apply", (x, words, np.array([1, 1, 1, 4], np.int32), epsilon)),
-        *(("attention_forward", (*attention[:at], other, *attention[at + 1 :])) for at, other in enumerate(others)),
-        ("attention_backward", (*attention, query, query)),  # three outputs, not one
         ("gelu_forward", (x.astype(np.float16),)),
         ("gelu_forward", (x, x)),
         ("gelu_backward", (x, x[:1])),

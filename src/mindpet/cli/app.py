@@ -78,10 +78,8 @@ def finetune(
 
         config = load_run(run_file, overrides)
         from mindpet.parallel.group import join, launched
-        from mindpet.train import launch, run
+        from mindpet.train import run
 
-        if launch.commissioned():
-            raise typer.Exit(launch.work(config, resume, overwrite))
         screen = Screen(quiet=launched() and not join().leads)  # msrun's own processes: the first one speaks
         report = run.finetune(config, screen, resume=resume, overwrite=overwrite)
         print_report(screen.console, report, Path(config.output.directory))

@@ -54,9 +54,10 @@ def below(name: str, table: Table) -> dict[str, Sharded]:
 def operator_of(layer: nn.Cell, entry: Sharded) -> Any:
     """The operator or the activation, or None: a dense layer may have no bias and no activation."""
     try:
-        return attrgetter(entry.path)(layer)
+        found = attrgetter(entry.path)(layer)
     except AttributeError:
         return None
+    return getattr(found, "original", found)  # where mindpet.accelerate has put a Cell around it
 
 
 def input_axes(operator: Any, entry: Sharded) -> list[tuple[str, ...]]:

@@ -22,7 +22,7 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
 
 
 def accelerate(network: nn.Cell) -> nn.Cell:
-    """Let fast CPU kernels compute the GELUs, LayerNorms and attention softmaxes of a network, in place.
+    """Let fast CPU kernels compute what MindSpore's operators are slow at, in place.
 
     Parameters, their names, checkpoints and what trains stay as they are; so do results, up to rounding. It can be
     called before or after :func:`mindpet.inject`; a second call finds what came since the first. Where the kernels
@@ -31,14 +31,16 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     (``set_inputs`` with None), go to MindSpore's operators. The kernels have first derivatives only: set
     ``MINDPET_KERNELS=0`` for second ones.
 
-    Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, and each Cell whose class says by an attribute
+    Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, the product of each ``nn.Dense`` (if graph mode is
+    set now: PyNative would compute gradients of frozen weights), and each Cell whose class says by an attribute
     ``mindpet_kernel`` what it computes. A subclass does not inherit it, since it may compute something else: it names
     its kernel again.
 
     - ``"gelu_tanh"``: ``construct(x)`` is the tanh form of GELU;
     - ``"masked_softmax"``: ``construct(scores, mask)`` is softmax(scores + mask) over the last of four axes; no
       gradient goes to the mask;
-    - ``"attention"``: as :class:`mindpet.models.attention.DotProductAttention`;
+    - ``"attention"``: as :class:`mindpet.models.attention.DotProductAttention`. In training with dropout the kernel
+      takes it only under :class:`mindpet.train.dropout.DropoutKeys`, as in a run;
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative.
@@ -64,7 +66,6 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
     replacements = {}
     done: tuple[str, ...] = ()  # what is fast already, with all that is in it
-    products = [_accelerate_product(cell) for cell in (network, *cells_by_path(network).values())]
     for path, cell in cells_by_path(network).items():
         if path.startswith(done):
             continue
@@ -78,6 +79,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
             _compat.copy_recompute(cell, made[id(cell)])
         replacements[path] = made[id(cell)]
         done = (*done, f"{path}.")
+    products = [_accelerate_product(cell) for cell in (network, *cells_by_path(network).values())]
     if replacements:
         replace_cells(network, replacements)
     elif any(products):
@@ -89,7 +91,7 @@ def _accelerate_product(cell: nn.Cell) -> bool:
     """The product of a dense layer. Only in graph mode: PyNative would compute the gradients of frozen weights."""
     product: Any = vars(cell).get("matmul")
     plain = isinstance(cell, nn.Dense) and type(product) is ops.MatMul
-    as_is = _compat.forced_dtype(cell) is None and _compat.in_graph_mode()
+    as_is = _compat.forced_dtype(cell) is None and _compat.in_graph_mode() and _compat.strategy_of(product) is None
     if plain and product.transpose_b and not product.transpose_a and as_is:
         cell.matmul = cells.FastMatMul(product)
         return True
@@ -108,6 +110,8 @@ def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:
             f"The 'mindpet_kernel' of the {type(cell).__name__} at {path!r} must be one of {', '.join(_BY_NAME)}, "
             f"but is {_checks.shown(name)}{_checks.near(name, _BY_NAME)}."
         )
+    if name == "attention" and not cells.is_plain_attention(cell):
+        return None
     return _BY_NAME[name] if name else None
 
 

@@ -160,7 +160,7 @@ def _check(path: Path) -> None:
 
 def _threads() -> int:
     """``OMP_NUM_THREADS`` as the user set it (MindSpore sets it, too, where only C sees it), else all processors."""
-    given = os.environ.get("OMP_NUM_THREADS", "")
+    given = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 

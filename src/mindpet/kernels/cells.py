@@ -108,6 +108,15 @@ class FastMatMul(Fast, nn.Cell):
         return self.original(x, weight)
 
 
+def is_plain_attention(cell: Any) -> bool:
+    """Whether a kernel may stand for the whole of it: a usual dropout and softmax, which nobody watches or casts."""
+    usual = type(cell.dropout) is nn.Dropout and cell.dropout.p is not None
+    usual = usual or hasattr(cell.dropout, "has_words_for")
+    softmax = vars(type(cell.softmax)).get("mindpet_kernel") == "masked_softmax"
+    inner = [each for _, each in cell.cells_and_names()]
+    return usual and softmax and not any(map(_compat.has_hooks, inner)) and not any(map(_compat.forced_dtype, inner))
+
+
 class FastAttention(Fast, nn.Cell):
     """Attention of every head, where dropout is off or can be resumed; see DotProductAttention in mindpet.models."""
 
@@ -124,10 +133,11 @@ class FastAttention(Fast, nn.Cell):
         self.no_words, self.no_keys = Tensor([0], mstype.int32), Tensor([0, 0, 0, 0], mstype.int32)
 
     def construct(self, query, key, value, mask):
-        known = _compat.is_known(key.shape) and _compat.is_known(value.shape) and self.takes(mask)
-        if not (self.takes(query) and known):
+        known = self.takes(query) and self.takes(key) and self.takes(value) and self.takes(mask)
+        scores = query.shape[0], self.original.heads, query.shape[1], key.shape[1]
+        if not (known and _is_mask_of(mask.shape, scores)):
             return self.original(query, key, value, mask)
-        if not (self.training and self.drops):
+        if not (self.original.dropout.training and self.drops):
             return self.whole(query, key, value, mask, self.no_words, self.no_keys)
         rows = query.shape[0] * self.original.heads * query.shape[1]
         if self.resumable and self.original.dropout.has_words_for(rows, key.shape[1]):

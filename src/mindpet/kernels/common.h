@@ -147,6 +147,14 @@ public:
         return memory_;
     }
 
+    // Give it back if it is a lot.
+    void trim() {
+        if (size_ <= (int64_t{1} << 24)) return;
+        std::free(memory_);
+        memory_ = nullptr;
+        size_ = 0;
+    }
+
 private:
     float *memory_ = nullptr;
     int64_t size_ = 0;

@@ -117,6 +117,7 @@ int multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, const
             }
         }
     });
+    scratch.trim();
     return failed ? 1 : 0;
 }
 

@@ -99,6 +99,8 @@ def join() -> Group:
         return ALONE
     from mindspore.communication import GlobalComm, get_group_size, get_rank, init
 
+    # or else the others fail when the first process works alone for half a minute, saving a large network for instance
+    os.environ.setdefault("MS_CPU_COMM_OP_TIMEOUT", "86400")
     if not GlobalComm.INITED:
         if _compat.device_target() == "CPU":
             ms.set_device("CPU")

@@ -8,7 +8,7 @@ from mindspore import nn
 
 from mindpet import _checks, _compat
 from mindpet.delta.ptuning2 import PrefixEncoder, PTuning2
-from mindpet.delta.strategy import input_axes, require_fitting
+from mindpet.delta.strategy import input_axes, operator_of, require_fitting
 from mindpet.parallel.config import ParallelConfig, strategies, strategies_of_parts
 
 
@@ -116,11 +116,12 @@ def _parts_of_base(layer: Any, name: str) -> dict[str, int] | None:
     argument = next((argument for argument, entry in layer.sharded.items() if entry.path == "matmul"), None)
     if argument is None:
         return None
-    if _compat.has_layouts(layer.matmul):
+    product = operator_of(layer, layer.sharded[argument])
+    if _compat.has_layouts(product):
         raise ValueError(f"For 'shard_like', the matrix product of {name} has Layouts: call its shard yourself.")
-    base = _compat.strategy_of(layer.matmul)
+    base = _compat.strategy_of(product)
     if base is None:
         return None
     require_fitting(name, layer, {argument: base})
-    axes = input_axes(layer.matmul, layer.sharded[argument])
+    axes = input_axes(product, layer.sharded[argument])
     return {axis: parts for names, cuts in zip(axes, base) for axis, parts in zip(names, cuts)}

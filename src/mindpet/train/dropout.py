@@ -111,8 +111,8 @@ class DropoutKeys:
             new.set_train(cell.training)
             replace_cell(network, path, new)
         for cell in cells_by_path(network).values():
-            if hasattr(cell, "resumable"):
-                cell.resumable = True
+            if hasattr(cell, "resumable"):  # attention by a kernel, which drops by itself
+                cell.resumable = isinstance(cell.original.dropout, ResumableDropout)
         shared.name, self.keys.name = "mindpet_dropout_words", "mindpet_dropout_keys"
 
     def set_step(self, step: int) -> None:

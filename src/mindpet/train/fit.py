@@ -282,6 +282,7 @@ class Fit:
         if stop or end or enough or progress.step % config.save_every == 0:
             self._save()
         if stop:
+            self.group.wait()  # the first process has still to save
             raise Interrupted(
                 f"Stopped after step {progress.step} of {self.total}; it is saved.\n"
                 f"Go on with: mindpet finetune {shlex.quote(str(self.directory / 'run.yaml'))} --resume"

@@ -9,7 +9,6 @@
 
 import base64
 import contextlib
-import ctypes
 import json
 import os
 import pickle
@@ -26,14 +25,14 @@ from typing import IO, Any
 import psutil
 
 from mindpet import _files
-from mindpet.train.config import RunConfig, as_yaml
+from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run
 from mindpet.train.fit import Diverged, Interrupted, Reporter
-from mindpet.train.processes import cores, wishes_to_stop
+from mindpet.train.msrun import PARENT
+from mindpet.train.processes import LOCK, cores, lock_of, wishes_to_stop
 
 _PLACE = "MINDPET_PARALLEL"  # where the processes of a job are told to write what they have to say
 _AGREED = (Interrupted, Diverged)  # ends that all processes come to together
-_GRACE = 3.0  # seconds for msrun to say why a process ended, and for the last files
-_PATIENCE = 120.0  # seconds for a step to end and be saved
+_GRACE = 3.0  # seconds for msrun to say why a process ended, and for the last words of the others
 _EXIT = 30.0  # seconds from the end of the work to that of the processes
 
 
@@ -48,21 +47,26 @@ def launch(config: RunConfig, reporter: Reporter, resume: bool, overwrite: bool)
         ProcessLost: one of them was killed, or ended without a word.
         Interrupted, and whatever else :func:`mindpet.train.run.finetune` raises.
     """
-    directory = Path(config.output.directory)
-    place = directory / "parallel"
-    place.mkdir(parents=True, exist_ok=True)
-    for old in place.iterdir():
-        if old.is_file():
-            old.unlink()
-    _files.write_text(place / "run.yaml", as_yaml(config))
-    count = config.parallel.processes
-    reporter.message(f"Starting {count} processes, which takes about 15 seconds; their output goes to {place}.")
-    job = _Job(place, count, [*["--resume"] * resume, *["--overwrite"] * overwrite])
+    place = Path(config.output.directory) / "parallel"
+    lock = lock_of(place)
+    if lock is None:
+        raise RunFileError(f"Another command runs in {place.parent} at this moment.")
     try:
+        for old in place.iterdir():
+            if old.is_file() and old.name != LOCK:
+                old.unlink()
+        _files.write_text(place / "run.yaml", as_yaml(config))
+        count = config.parallel.processes
+        reporter.message(f"Starting {count} processes, which takes about 15 seconds; their output goes to {place}.")
         with wishes_to_stop() as wishes:
-            return _follow(job, reporter, wishes)
+            job = _Job(place, count, [*["--resume"] * resume, *["--overwrite"] * overwrite])
+            try:
+                return _follow(job, reporter, wishes)
+            finally:
+                job.kill()
+                reporter.stop()
     finally:
-        job.kill()
+        os.close(lock)
 
 
 class _Job:
@@ -70,11 +74,11 @@ class _Job:
 
     def __init__(self, place: Path, count: int, flags: list[str]):
         self.place, self.count = place, count
-        words = [sys.executable, "-m", "mindpet.train.launch"]  # msrun, see below
+        words = [sys.executable, "-m", "mindpet.train.msrun"]
         words += [f"--worker_num={count}", f"--local_worker_num={count}", "--master_addr=127.0.0.1"]
         words += [f"--master_port={_free_port()}", f"--log_dir={place}", "--join=True"]
         words += [f"--tail_worker_log={count}"]  # that of none: each tail is a process that outlives msrun
-        words += ["python3", "-m", "mindpet", "finetune", str(place / "run.yaml"), *flags]
+        words += ["python3", "-m", "mindpet.train.msrun", "work", str(place / "run.yaml"), *flags]
         with open(place / "msrun.log", "w", encoding="utf-8") as log:
             self.process = subprocess.Popen(
                 words,
@@ -102,18 +106,18 @@ class _Job:
             return None
         return pickle.loads(base64.b64decode(min(outcomes, key=lambda one: one["time"])["error"]))
 
-    def how_it_ended(self, pid: int) -> str:
-        """What msrun or the process itself says of the end."""
+    def ended(self) -> tuple[int, str]:
+        """(pid, how) of the first process that did not end well, as msrun says it; pid 0 if it says nothing."""
         end = time.monotonic() + _GRACE
-        code = None
-        while code is None and time.monotonic() < end:
+        found = None
+        while found is None and time.monotonic() < end:
             text = (self.place / "msrun.log").read_text("utf-8", "replace")
-            code = re.search(rf"Worker process {pid} exit with exception. Error code: (-?\d+)", text)
+            found = re.search(r"Worker process (\d+) exit with exception. Error code: (-?\d+)", text)
             time.sleep(0.1)
-        if code is None:
-            return "ended"
-        number = int(code[1])
-        return f"was killed by signal {-number}" if number < 0 else f"ended with exit status {number}"
+        if found is None:
+            return 0, "ended"
+        code = int(found[2])
+        return int(found[1]), f"was killed by signal {-code}" if code < 0 else f"ended with exit status {code}"
 
     def last_lines(self, rank: int, count: int = 8) -> str:
         """The end of what a process printed."""
@@ -123,10 +127,11 @@ class _Job:
 
     def kill(self) -> None:
         """End every process of the job at once; those that have ended are left alone."""
-        try:
-            mine = psutil.Process(self.process.pid).children(recursive=True)
-        except psutil.NoSuchProcess:
-            mine = []
+        mine = []
+        with contextlib.suppress(psutil.NoSuchProcess):
+            msrun = psutil.Process(self.process.pid)
+            msrun.suspend()  # it is to start nobody now
+            mine = msrun.children(recursive=True)
         left = [_process(**words) for words in self.at_work().values()]  # those whose msrun is gone, too
         for one in [*mine, *left]:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -139,7 +144,7 @@ class _Job:
 def _follow(job: _Job, reporter: Reporter, wishes: list[int]) -> dict[str, Any]:
     """Pass on what the first process says until the job is over."""
     events = job.place / "events.jsonl"
-    position, step, training, done, asked = 0, 0, False, 0.0, 0.0
+    position, step, training, asked, done = 0, 0, False, False, 0.0
     while True:
         over = job.process.poll() is not None
         lost = [(rank, words["pid"]) for rank, words in job.at_work().items() if not _lives(_process(**words))]
@@ -150,25 +155,25 @@ def _follow(job: _Job, reporter: Reporter, wishes: list[int]) -> dict[str, Any]:
             getattr(reporter, name)(*values)
         failure = job.failure()
         finished = all(job.outcome(rank) for rank in range(job.count))
-        done = done or (time.monotonic() if finished or failure else 0.0)
-        if over or (done and time.monotonic() - done > (_EXIT if finished else _GRACE)):
+        alone = failure is not None and not isinstance(failure, _AGREED)  # the others wait for one that is gone
+        done = done or (time.monotonic() if finished or alone else 0.0)
+        if over or (done and time.monotonic() - done > (_GRACE if alone else _EXIT)):
             break
-        if lost and not failure:
-            rank, pid = lost[0]
-            how = job.how_it_ended(pid)
-            if job.failure():  # it had still to write it down
-                break
-            raise _lost(job, rank, f"(pid {pid}) {how}", step)
+        if lost and not alone:
+            named, how = job.ended()
+            rank, pid = next((one for one in lost if one[1] == named), lost[0])
+            if not job.outcome(rank):  # it had still to write it down
+                raise _lost(job, rank, f"(pid {pid}) {how}", step)
         if wishes and not asked:
             if not training:
                 raise KeyboardInterrupt
-            asked = time.monotonic()
+            asked = True
             reporter.message("Finishing the present step, then saving...")
             for words in job.at_work().values():
                 process = _process(**words)
                 if process is not None and _lives(process):
                     process.send_signal(signal.SIGTERM)
-        if len(wishes) > 1 or (asked and time.monotonic() - asked > _PATIENCE):
+        if len(wishes) > 1:
             raise KeyboardInterrupt
         time.sleep(0.1)
     for name, values in _read_events(events, position)[1]:
@@ -196,29 +201,22 @@ def _lost(job: _Job, rank: int, how: str, step: int) -> ProcessLost:
     )
 
 
-def commissioned() -> bool:
-    """Whether this process belongs to a job of :func:`launch`."""
-    return _PLACE in os.environ
-
-
-def work(config: RunConfig, resume: bool, overwrite: bool) -> int:
+def work(run_file: str, flags: list[str]) -> int:
     """What each process of a job does, the scheduler too. Returns its exit status."""
     from mindpet.parallel.group import join, schedules
     from mindpet.train.run import finetune
 
-    place = Path(os.environ[_PLACE])
-    _die_with_parent()
+    os.environ.setdefault("GLOG_v", "3")
     if schedules():
         join()
         return 0
-    rank = int(os.environ["RANK_ID"])
-    own = psutil.Process()
+    place, rank, own = Path(os.environ[_PLACE]), int(os.environ["RANK_ID"]), psutil.Process()
     _files.write_json(place / f"process-{rank}.json", {"pid": own.pid, "created": own.create_time()})
     outcome: dict[str, Any] = {}
     status = 0
     with open(place / "events.jsonl", "a", encoding="utf-8") if rank == 0 else open(os.devnull, "w") as events:
         try:
-            finetune(config, _Events(events), resume, overwrite)
+            finetune(load_run(run_file), _Events(events), "--resume" in flags, "--overwrite" in flags)
         except Exception as error:
             status = 0 if isinstance(error, _AGREED) else 1
             outcome["error"] = base64.b64encode(_pickled(error)).decode()
@@ -274,12 +272,6 @@ def _pickled(error: Exception) -> bytes:
     return content
 
 
-def _die_with_parent() -> None:
-    """Have the kernel kill this process as soon as its parent is gone, whatever holds the interpreter then."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
 def _process(pid: int, created: float) -> psutil.Process | None:
     """The process with that number, if it still is the one that was meant."""
     try:
@@ -300,7 +292,13 @@ def _environment(place: Path, count: int) -> dict[str, str]:
     """The processes share the cores, and find this Python first."""
     environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
-    environment["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+    # msrun starts what is called python3: this one
+    python = place / "bin" / "python3"
+    python.parent.mkdir(exist_ok=True)
+    _files.write_text(python, f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
+    environment["PATH"] = os.pathsep.join([str(python.parent), environment.get("PATH", "")])
+    environment[PARENT] = str(os.getpid())
     environment["GLOG_v"] = min("3", environment.get("GLOG_v", "3"))  # msrun logs as an error how a process ended
     environment[_PLACE] = str(place)
     return environment
@@ -310,10 +308,3 @@ def _free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
-
-
-if __name__ == "__main__":
-    from mindspore.parallel.cluster.run import main
-
-    _die_with_parent()
-    main()

@@ -1,10 +1,14 @@
 """What commands that start processes of their own have in common."""
 
+import fcntl
 import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+LOCK = ".lock"
 
 
 def cores() -> int:
@@ -26,3 +30,15 @@ def wishes_to_stop() -> Iterator[list[int]]:
     finally:
         for number, handler in zip(numbers, previous):
             signal.signal(number, handler)
+
+
+def lock_of(directory: Path) -> int | None:
+    """A lock on the directory that lives as long as a process which inherits it; None when somebody has it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock

@@ -23,7 +23,7 @@ from mindpet.parallel.group import join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
-from mindpet.train.fit import CHECKPOINT, CannotResume, Fit, Reporter, read_metrics
+from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Reporter, read_metrics
 from mindpet.train.launch import launch
 from mindpet.train.metrics import LanguageScores, Scores, predict_logits, probabilities, scorer
 from mindpet.train.prepare import Prepared, held_out, open_model, prepare
@@ -110,7 +110,8 @@ def finetune(
         overwrite: start anew although the output directory holds a run.
 
     Returns:
-        The report: scores before and after, trainable share, sizes, seconds, peak memory. `static_memory_bytes` is
+        The report: scores before and after, trainable share, sizes, seconds, peak memory (of several processes the
+        largest one's). `static_memory_bytes` is
         of the weights and the optimizer's state, `seconds_per_step` the median without the first step, which compiles.
 
     Raises:
@@ -153,11 +154,16 @@ def finetune(
     else:
         before = _files.read_json(directory / "before.json", CannotResume)
     try:
-        progress = fit.run(resume)
-    finally:
-        records = read_metrics(directory / "metrics.jsonl") if group.leads else []
-        if records:
-            draw_curve(records, directory / "curve.png", _title(config, trainable / total))
+        try:
+            progress = fit.run(resume)
+        finally:
+            records = read_metrics(directory / "metrics.jsonl") if group.leads else []
+            if records:
+                draw_curve(records, directory / "curve.png", _title(config, trainable / total))
+    except (Interrupted, Diverged):
+        group.wait()  # the first process has still to draw
+        raise
+    peak = group.gather(np.array([peak_memory_mib()])).max()
     if not group.leads:
         group.wait()
         return _files.read_json(directory / "report.json")
@@ -179,7 +185,7 @@ def finetune(
         "static_memory_bytes": weights + fit.state_bytes,
         "seconds_per_step": _usual_seconds(records),
         "seconds": {"training": round(progress.seconds, 1), "whole": round(time.monotonic() - begun, 1)},
-        "peak_memory_mib": round(peak_memory_mib()),
+        "peak_memory_mib": round(float(peak)),
     }
     if prepared.task == "language":
         report["tokens"] = {"train": prepared.train.labelled, "test": prepared.test.labelled}

@@ -1,6 +1,5 @@
 """Runs cells in processes of their own, so that peak memory and compiled graphs are theirs and a crash costs one."""
 
-import fcntl
 import os
 import re
 import signal
@@ -9,7 +8,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from mindpet import _files
@@ -17,7 +15,7 @@ from mindpet._checks import NothingFitsError
 from mindpet.train.comparison.cells import Cell, Watcher
 from mindpet.train.config import as_yaml
 from mindpet.train.fit import Interrupted
-from mindpet.train.processes import cores, wishes_to_stop
+from mindpet.train.processes import cores, lock_of, wishes_to_stop
 
 _PROGRESS = re.compile(r"step (\d+)/(\d+)\b.*?([\d.]+) s left")
 _SHOWN = 8  # last lines of a failed run
@@ -41,7 +39,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env=_environment(jobs),
+                env=_environment(jobs * cell.config.parallel.processes),
                 pass_fds=(lock,),
             )
 
@@ -61,10 +59,10 @@ class _Process:
         return "\n".join(lines[-_SHOWN:])
 
 
-def _environment(jobs: int) -> dict[str, str]:
-    """The cores are shared out among the cells that run at once, unless OMP_NUM_THREADS says otherwise."""
+def _environment(processes: int) -> dict[str, str]:
+    """The cores are shared out among the processes that run at once, unless OMP_NUM_THREADS says otherwise."""
     environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
     return {**environment, "COLUMNS": "120"}
 
 
@@ -120,7 +118,7 @@ class CellRunner:
             )
 
     def _start(self, cell: Cell) -> _Process | None:
-        lock = _lock(cell.directory)
+        lock = lock_of(cell.directory)
         if lock is None:
             self.watcher.message(f"{cell}: another process runs it at this moment; left to that one.")
             self.done += 1
@@ -206,15 +204,3 @@ def _beginning(cell: Cell) -> str:
         return "going on from its last save"
     changes = cell.changes() if (cell.directory / "run.yaml").is_file() else []
     return "done anew, settings have changed (" + "; ".join(changes) + ")" if changes else "begins"
-
-
-def _lock(directory: Path) -> int | None:
-    """A lock on the directory that lives as long as a process which inherits it; None when somebody has it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(lock)
-        return None
-    return lock
