@@ -203,10 +203,8 @@ def test_attention_of_more_queries_than_a_block(mask, drops, rng):
 
     class Plain(nn.Cell):
         def construct(self, probe, query, key, value):
-            query, key, value = (
-                x.reshape((2, x.shape[1], -1, 20)).transpose((0, 2, 1, 3)) for x in (query, key, value)
-            )
-            key, value = (ops.repeat_interleave(x, 3, 1) for x in (key, value))
+            parts = [x.reshape((2, x.shape[1], -1, 20)).transpose((0, 2, 1, 3)) for x in (query, key, value)]
+            query, key, value = parts[0], *(ops.repeat_interleave(x, 3, 1) for x in parts[1:])
             weights = ops.softmax(ops.matmul(query, key.swapaxes(2, 3)) * 0.3 + Tensor(hidden), -1) * factor
             return (ops.matmul(weights, value).transpose((0, 2, 1, 3)).reshape((2, 150, -1)) * probe).sum()
 

@@ -90,9 +90,10 @@ def accelerate(network: nn.Cell) -> nn.Cell:
 def _accelerate_product(cell: nn.Cell) -> bool:
     """The product of a dense layer. Only in graph mode: PyNative would compute the gradients of frozen weights."""
     product: Any = vars(cell).get("matmul")
-    plain = isinstance(cell, nn.Dense) and type(product) is ops.MatMul
-    as_is = _compat.forced_dtype(cell) is None and _compat.in_graph_mode() and _compat.strategy_of(product) is None
-    if plain and product.transpose_b and not product.transpose_a and as_is:
+    if not isinstance(cell, nn.Dense) or type(product) is not ops.MatMul or not _compat.in_graph_mode():
+        return False
+    usual = product.transpose_b and not product.transpose_a and _compat.strategy_of(product) is None
+    if usual and _compat.forced_dtype(cell) is None:
         cell.matmul = cells.FastMatMul(product)
         return True
     return False
