@@ -22,6 +22,7 @@ from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run
 from mindpet.train.data import read_rows
 from mindpet.train.fit import CHECKPOINT
 from mindpet.train.language import read_texts
+from mindpet.train.processes import lock_of
 from tests.tiny import questions, sentences, stories, write_language_model, write_model, write_rows
 
 
@@ -264,7 +265,7 @@ def report(cell, accuracy):
 
 def another_process_runs(cell):
     """Its lock, as the process that runs it holds it; close it to let go."""
-    lock = cell_runner._lock(cell.directory)
+    lock = lock_of(cell.directory)
     assert lock is not None
     return lock
 
