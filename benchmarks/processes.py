@@ -10,7 +10,6 @@ many numbers as a step sends.
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -18,6 +17,8 @@ import sysconfig
 import tempfile
 import time
 from pathlib import Path
+
+from mindpet.train.processes import free_port
 
 os.environ.setdefault("GLOG_v", "3")
 
@@ -90,10 +91,12 @@ def sending(log: Path, counts: list[int], processes: int) -> list[float]:
     """Median seconds in which processes sum so many numbers."""
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     words = [sys.executable, "-m", "mindspore.parallel.cluster.run", f"--worker_num={processes}", "--join=True"]
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    words += [f"--local_worker_num={processes}", f"--master_port={port}", f"--log_dir={log}", str(Path(__file__))]
+    words += [
+        f"--local_worker_num={processes}",
+        f"--master_port={free_port()}",
+        f"--log_dir={log}",
+        str(Path(__file__)),
+    ]
     words += ["--sending", ",".join(map(str, counts))]
     subprocess.run(words, check=True, env=environment, capture_output=True, timeout=300)
     line = next(line for line in (log / "worker_0.log").read_text().splitlines() if line.startswith("sending "))

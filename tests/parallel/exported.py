@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -16,6 +15,7 @@ from mindspore.common.api import _cell_graph_executor as executor
 from mindspore.train import mind_ir_pb2
 
 from mindpet.graph import freeze_delta
+from mindpet.train.processes import free_port
 from tests.parallel.compiler import compile_cell, coordinates, devices
 
 WORLD = b"mccl_world_group"  # the communicator between processes on a CPU
@@ -105,19 +105,16 @@ def run_processes(directory: Path, world: int, cases: list[str], groups: dict, s
     """The cases on real processes; all of them end here, whatever happens."""
     (directory / "groups.json").write_text(json.dumps(dict(sorted(groups.items()))))
     (directory / "cases.json").write_text(json.dumps(cases))
-    run_script(directory, world, Path(__file__).with_name("worker.py"), seconds)
+    run_script(directory, world, [str(Path(__file__).with_name("worker.py")), str(directory)], seconds)
 
 
-def run_script(directory: Path, world: int, script: Path, seconds: int) -> None:
-    """A script on real processes, started by msrun and given the directory; all of them end here."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def run_script(directory: Path, world: int, script: list[str], seconds: int) -> None:
+    """A script with its arguments on real processes, started by msrun; all of them end here. Logs go to ``log``."""
     binaries = Path(sys.executable).parent
     command = [
         *(sys.executable, str(binaries / "msrun"), f"--worker_num={world}", f"--local_worker_num={world}"),
-        *("--master_addr=127.0.0.1", f"--master_port={port}", f"--log_dir={directory / 'log'}", "--join=True"),
-        *(str(script), str(directory)),
+        *("--master_addr=127.0.0.1", f"--master_port={free_port()}", f"--log_dir={directory / 'log'}", "--join=True"),
+        *script,
     ]
     environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(

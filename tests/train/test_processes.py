@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -91,13 +90,12 @@ def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pyn
     language += ["data.max_length=32", "train.batch_size=3", "train.learning_rate=0.01", "train.max_steps=21"]
     runs["language"] = [*language, "method.name=lora", "method.dropout=0.1", "data.holdout=0.1"]
     together, alone = tmp_path / "together", tmp_path / "alone"
-    together.mkdir()
-    (together / "runs.json").write_text(json.dumps(runs))
-    run_script(together, 2, Path(__file__).with_name("together.py"), 500)
-    alone.mkdir()
-    (alone / "runs.json").write_text(json.dumps(runs))
-    script = Path(__file__).with_name("together.py")
-    subprocess.run([sys.executable, str(script), str(alone)], check=True, capture_output=True, timeout=500)
+    for directory in (together, alone):
+        directory.mkdir()
+        (directory / "runs.json").write_text(json.dumps(runs))
+    script = str(Path(__file__).with_name("together.py"))
+    run_script(together, 2, [script, str(together)], 500)
+    subprocess.run([sys.executable, script, str(alone)], check=True, capture_output=True, timeout=500)
     for name in runs:
         assert_same_runs(alone / name, together / name)
         report = json.loads((together / name / "report.json").read_text())
@@ -240,15 +238,8 @@ def test_under_msrun_the_command_line_is_one_of_several(inputs, tmp_path):
     directory = tmp_path / "run"
     words = overrides(*inputs, directory, "train.epochs=1", "method.name=bitfit")
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
-    binaries = Path(sys.executable).parent
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [str(binaries / "msrun"), "--worker_num=2", "--local_worker_num=2", f"--master_port={port}"]
-    command += ["--join=True", f"--log_dir={tmp_path / 'log'}", str(binaries / "mindpet"), "finetune"]
-    command += [str(tmp_path / "run.yaml"), *words]
-    environment = {**os.environ, "PATH": f"{binaries}{os.pathsep}{os.environ['PATH']}"}
-    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=240)
+    command = str(Path(sys.executable).parent / "mindpet")
+    run_script(tmp_path, 2, [command, "finetune", str(tmp_path / "run.yaml"), *words], 240)
     assert json.loads((directory / "report.json").read_text())["processes"] == 2
     assert "held-out accuracy" in (tmp_path / "log" / "worker_0.log").read_text()
     assert "held-out accuracy" not in (tmp_path / "log" / "worker_1.log").read_text()

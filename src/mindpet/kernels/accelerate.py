@@ -66,7 +66,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
     replacements = {}
     done: tuple[str, ...] = ()  # what is fast already, with all that is in it
-    for path, cell in cells_by_path(network).items():
+    paths = cells_by_path(network)
+    for path, cell in paths.items():
         if path.startswith(done):
             continue
         if isinstance(cell, cells.Fast):
@@ -79,7 +80,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
             _compat.copy_recompute(cell, made[id(cell)])
         replacements[path] = made[id(cell)]
         done = (*done, f"{path}.")
-    products = [_accelerate_product(cell) for cell in (network, *cells_by_path(network).values())]
+    products = [_accelerate_product(cell) for cell in (network, *paths.values())]
     if replacements:
         replace_cells(network, replacements)
     elif any(products):

@@ -5,39 +5,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t TILE_ROWS = 8;
-#elif defined(__AVX__)
-constexpr int64_t TILE_ROWS = 6;
-#else
-constexpr int64_t TILE_ROWS = 4;
-#endif
-constexpr int64_t TILE_COLUMNS = 2 * LANES;
+constexpr int64_t TILE_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;
 constexpr int64_t QUERIES = 64;  // in a block
-
-// C (ROWS, TILE_COLUMNS) = or += A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
-template <int64_t ROWS>
-inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
-                 int64_t c_row, bool add) {
-    Lanes left[ROWS], right[ROWS];
-    for (int64_t i = 0; i < ROWS; ++i) {
-        left[i] = add ? load(c + i * c_row) : Lanes{};
-        right[i] = add ? load(c + i * c_row + LANES) : Lanes{};
-    }
-    for (int64_t k = 0; k < depth; ++k) {
-        const Lanes b_left = load(b + k * b_row), b_right = load(b + k * b_row + LANES);
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < ROWS; ++i) {
-            const float factor = a[i * row + k * column];
-            left[i] += factor * b_left;
-            right[i] += factor * b_right;
-        }
-    }
-    for (int64_t i = 0; i < ROWS; ++i) {
-        store(c + i * c_row, left[i]);
-        store(c + i * c_row + LANES, right[i]);
-    }
-}
 
 // C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is a multiple of TILE_COLUMNS.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t row, int64_t column, const float *b,
@@ -75,7 +44,8 @@ void pack_transposed(const float *x, int64_t x_row, int64_t rows, int64_t column
 // factors (scale of the scores, factor of what is kept). One word alone: nothing is dropped.
 struct Attention {
     int64_t batch, queries, keys, heads, groups, dim, key_width, dim_width;
-    int64_t mask_batch, mask_head, mask_query, query_row, key_row;
+    int64_t query_row, key_row;
+    MaskSteps steps;
     const float *query, *key, *value, *mask;
     const void *words, *dropout;
     int64_t pool;
@@ -83,9 +53,6 @@ struct Attention {
     bool drops, fits = false;
 
     explicit Attention(const Call &call) {
-        static const char *const kinds[] = {"float32", "float32", "float32", "float32", "int32", "int32", "int32", "float32"};
-        for (int index = 0; index < 8; ++index)
-            if (std::strcmp(call.dtypes[index], kinds[index]) != 0) return;
         for (int index = 0; index < 3; ++index)
             if (call.ndims[index] != 3) return;
         if (call.ndims[3] != 4 || call.size(5) != 4 || call.size(6) != 2 || call.size(7) != 2) return;
@@ -96,13 +63,9 @@ struct Attention {
         if (heads < 1 || groups < 1 || heads % groups || query_row % heads) return;
         dim = query_row / heads;
         if (key_row != groups * dim || call.shapes[1][0] != batch || call.size(2) != call.size(1)) return;
-        const int64_t *shape = call.shapes[3];
-        if (shape[3] != keys || (shape[0] != batch && shape[0] != 1) || (shape[1] != heads && shape[1] != 1) ||
-            (shape[2] != queries && shape[2] != 1))
-            return;
-        mask_query = shape[2] == 1 ? 0 : keys;
-        mask_head = shape[1] == 1 ? 0 : shape[2] * keys;
-        mask_batch = shape[0] == 1 ? 0 : shape[1] * shape[2] * keys;
+        const int64_t scores[] = {batch, heads, queries, keys};
+        steps = MaskSteps(call.shapes[3], scores);
+        if (!steps.fit) return;
         key_width = padded(keys), dim_width = padded(dim);
         query = call[0], key = call[1], value = call[2], mask = call[3];
         words = call.params[4], dropout = call.params[5];
@@ -118,7 +81,7 @@ struct Attention {
         multiply(rows, key_width, dim, q, query_row, 1, transposed, key_width, p, key_width, false);
         for (int64_t i = 0; i < rows; ++i) {
             float *row = p + i * key_width;
-            const float *add = mask + sample * mask_batch + head * mask_head + (first + i) * mask_query;
+            const float *add = mask + steps.to(sample, head, first + i);
 #pragma omp simd
             for (int64_t j = 0; j < keys; ++j) row[j] = row[j] * scale + add[j];
             softmax_row(row, keys);
@@ -153,7 +116,7 @@ int each_group(const Attention &attention, int64_t floats, const Work &work) {
 // ---- query, key, value, mask, words, dropout, heads, factors, output (batch, queries, heads * dim)
 KERNEL attention_forward(ARGUMENTS) {
     CALL;
-    if (count != 9) return 1;
+    if (!call.are("ffffiiiff")) return 1;
     const Attention self(call);
     if (!self.fits || call.size(8) != call.size(0)) return 1;
     const int64_t width = self.key_width, wide = self.dim_width, dim = self.dim;
@@ -188,9 +151,9 @@ KERNEL attention_forward(ARGUMENTS) {
 // query, key, value, mask, words, dropout, heads, factors, output, d(output), d(query), d(key), d(value)
 KERNEL attention_backward(ARGUMENTS) {
     CALL;
-    if (count != 13) return 1;
+    if (!call.are("ffffiiiffffff")) return 1;
     const Attention self(call);
-    if (!self.fits || std::strcmp(dtypes[8], "float32") != 0 || std::strcmp(dtypes[9], "float32") != 0) return 1;
+    if (!self.fits) return 1;
     for (int index = 8; index < 13; ++index)
         if (call.size(index) != call.size(index < 11 ? 0 : 1)) return 1;
     const int64_t width = self.key_width, wide = self.dim_width, dim = self.dim, keys = self.keys;

@@ -142,8 +142,7 @@ class FastAttention(Fast, nn.Cell):
         rows = query.shape[0] * self.original.heads * query.shape[1]
         if self.resumable and self.original.dropout.has_words_for(rows, key.shape[1]):
             dropout = self.original.dropout
-            keys = ops.concat((dropout.keys[dropout.site], dropout.settings))
-            return self.dropped(query, key, value, mask, dropout.words, keys)
+            return self.dropped(query, key, value, mask, dropout.words, dropout.keys_now())
         return self.original(query, key, value, mask)
 
     def by_head(self, query, key, value, mask):

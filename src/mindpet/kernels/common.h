@@ -131,6 +131,32 @@ inline Lanes load(const float *from) {
 
 inline void store(float *to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
+constexpr int64_t TILE_COLUMNS = 2 * LANES;
+
+// C (ROWS, TILE_COLUMNS) = or += A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
+template <int64_t ROWS>
+inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
+                 int64_t c_row, bool add) {
+    Lanes left[ROWS], right[ROWS];
+    for (int64_t i = 0; i < ROWS; ++i) {
+        left[i] = add ? load(c + i * c_row) : Lanes{};
+        right[i] = add ? load(c + i * c_row + LANES) : Lanes{};
+    }
+    for (int64_t k = 0; k < depth; ++k) {
+        const Lanes b_left = load(b + k * b_row), b_right = load(b + k * b_row + LANES);
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < ROWS; ++i) {
+            const float factor = a[i * row + k * column];
+            left[i] += factor * b_left;
+            right[i] += factor * b_right;
+        }
+    }
+    for (int64_t i = 0; i < ROWS; ++i) {
+        store(c + i * c_row, left[i]);
+        store(c + i * c_row + LANES, right[i]);
+    }
+}
+
 // Memory of one thread, kept for its next call; aligned to a cache line.
 class Scratch {
 public:
@@ -225,6 +251,12 @@ struct Call {
             if (std::strcmp(dtypes[index], index == integers ? "int32" : "float32") != 0) return false;
         return true;
     }
+    bool are(const char *letters) const {  // f for a float32, i for an int32, one for each parameter
+        if (count != static_cast<int>(std::strlen(letters))) return false;
+        for (int index = 0; index < count; ++index)
+            if (std::strcmp(dtypes[index], letters[index] == 'i' ? "int32" : "float32") != 0) return false;
+        return true;
+    }
     float *operator[](int index) const { return static_cast<float *>(params[index]); }
     int64_t size(int index) const { return size_of(ndims[index], shapes[index]); }
     int64_t columns(int index) const { return ndims[index] ? shapes[index][ndims[index] - 1] : 1; }
@@ -233,6 +265,21 @@ struct Call {
     bool per_entry(int index) const { return size(index) == size(0); }
     bool per_column(int index) const { return size(index) == columns(0); }
     bool per_row(int index) const { return size(index) == rows(0); }
+};
+
+// Where the row of a mask begins that goes to a row of scores; a mask has 1 for any axis but the last.
+struct MaskSteps {
+    int64_t first = 0, second = 0, third = 0;
+    bool fit = true;
+
+    MaskSteps() = default;
+    MaskSteps(const int64_t *mask, const int64_t *scores) {
+        for (int axis = 0; axis < 4; ++axis) fit = fit && (mask[axis] == scores[axis] || (axis < 3 && mask[axis] == 1));
+        third = mask[2] == 1 ? 0 : mask[3];
+        second = mask[1] == 1 ? 0 : mask[2] * mask[3];
+        first = mask[0] == 1 ? 0 : mask[1] * mask[2] * mask[3];
+    }
+    int64_t to(int64_t a, int64_t b, int64_t c) const { return a * first + b * second + c * third; }
 };
 
 // body(first, last) for pieces of [0, size), on all threads; an index stands for `weight` elements of work.

@@ -7,14 +7,8 @@
 
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int64_t STRIP = 12;  // rows of a tile; its columns are two registers
-#elif defined(__AVX__)
-constexpr int64_t STRIP = 6;
-#else
-constexpr int64_t STRIP = 4;
-#endif
-constexpr int64_t PANEL = 2 * LANES;
+constexpr int64_t STRIP = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // rows of a tile
+constexpr int64_t PANEL = TILE_COLUMNS;
 constexpr int64_t STRIPS = 96 / STRIP;  // that a thread takes at a time
 constexpr int64_t DEPTH = 768;          // of a block: its strips and one panel stay in the second level of cache
 
@@ -22,28 +16,6 @@ struct Matrix {
     const float *data;
     int64_t row, column;  // steps
 };
-
-// c (STRIP, PANEL) = begin + a b, with a (depth, STRIP) and b (depth, PANEL) packed.
-inline void tile(int64_t depth, const float *a, const float *b, const float *begin, int64_t begin_row, float *c,
-                 int64_t c_row) {
-    Lanes left[STRIP], right[STRIP];
-    for (int64_t i = 0; i < STRIP; ++i) {
-        left[i] = begin ? load(begin + i * begin_row) : Lanes{};
-        right[i] = begin ? load(begin + i * begin_row + LANES) : Lanes{};
-    }
-    for (int64_t k = 0; k < depth; ++k, a += STRIP, b += PANEL) {
-        const Lanes b_left = load(b), b_right = load(b + LANES);
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < STRIP; ++i) {
-            left[i] += a[i] * b_left;
-            right[i] += a[i] * b_right;
-        }
-    }
-    for (int64_t i = 0; i < STRIP; ++i) {
-        store(c + i * c_row, left[i]);
-        store(c + i * c_row + LANES, right[i]);
-    }
-}
 
 // Panel (depth, PANEL) of B (depth, columns) from its column `first`; zeros beyond the last one.
 void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel) {
@@ -104,10 +76,10 @@ int multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, const
                     float *to = c + row * columns + column;
                     const float *strip = strips + (row - first) * deep;
                     if (last - row >= STRIP && columns - column >= PANEL) {
-                        tile(deep, strip, b_panel, block ? to : nullptr, columns, to, columns);
+                        tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, to, columns, block > 0);
                         continue;
                     }
-                    tile(deep, strip, b_panel, nullptr, 0, corner, PANEL);
+                    tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, corner, PANEL, false);
                     const int64_t high = last - row < STRIP ? last - row : STRIP;
                     const int64_t wide = columns - column < PANEL ? columns - column : PANEL;
                     for (int64_t i = 0; i < high; ++i)

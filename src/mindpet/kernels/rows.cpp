@@ -299,18 +299,15 @@ KERNEL rms_norm_backward_weight(ARGUMENTS) {
 KERNEL masked_softmax_forward(ARGUMENTS) {
     CALL;
     if (!call.floats(3) || ndims[0] != 4 || ndims[1] != 4) return 1;
-    const int64_t *shape = shapes[0], *mask_shape = shapes[1];
-    for (int axis = 0; axis < 4; ++axis)
-        if (mask_shape[axis] != shape[axis] && (axis == 3 || mask_shape[axis] != 1)) return 1;
+    const int64_t *shape = shapes[0];
+    const MaskSteps steps(shapes[1], shape);
+    if (!steps.fit) return 1;
     const int64_t columns = shape[3], b = shape[1], c = shape[2];
-    const int64_t step_c = mask_shape[2] == 1 ? 0 : columns;
-    const int64_t step_b = mask_shape[1] == 1 ? 0 : mask_shape[2] * columns;
-    const int64_t step_a = mask_shape[0] == 1 ? 0 : mask_shape[1] * mask_shape[2] * columns;
     const float *scores = call[0], *mask = call[1];
     float *y = call[2];
     each_row(call.rows(0), columns, [=](int64_t row) {
         const float *in = scores + row * columns;
-        const float *add = mask + row / (b * c) * step_a + row / c % b * step_b + row % c * step_c;
+        const float *add = mask + steps.to(row / (b * c), row / c % b, row % c);
         float *out = y + row * columns;
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) out[i] = in[i] + add[i];
@@ -388,10 +385,7 @@ KERNEL cross_entropy_backward(ARGUMENTS) {
 // ---- dropout, and its gradient: x (..., columns), words (int32), keys (int32, 4), factor of what is kept, y
 KERNEL dropout_apply(ARGUMENTS) {
     CALL;
-    static const char *const kinds[] = {"float32", "int32", "int32", "float32", "float32"};
-    if (count != 5 || call.size(2) != 4) return 1;
-    for (int index = 0; index < 5; ++index)
-        if (std::strcmp(dtypes[index], kinds[index]) != 0) return 1;
+    if (!call.are("fiiff") || call.size(2) != 4) return 1;
     const int64_t columns = call.columns(0), rows = call.rows(0);
     const Dropout mask(params[1], call.size(1), params[2], rows);
     if (!mask.fits(rows, columns)) return 1;

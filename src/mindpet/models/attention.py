@@ -56,8 +56,37 @@ class DotProductAttention(nn.Cell):
         return rows.reshape((rows.shape[0], rows.shape[1], -1, self.head_dim)).transpose((0, 2, 1, 3))
 
 
-def rows_after_prefix(prefix, rows):
+def _after_prefix(prefix, rows):
     """(tokens, heads, head_dim), the same for every sample, before (batch, seq, heads * head_dim)."""
     shape = (rows.shape[0], prefix.shape[0], rows.shape[-1])
     prefix = prefix.astype(rows.dtype).reshape((1, *shape[1:]))
     return ops.concat((ops.broadcast_to(prefix, shape), rows), 1)
+
+
+def attend(core, query, key, value, mask, extra):
+    """Attention of a layer's tokens to each other and to what else there is: a prefix, or a cache.
+
+    Args:
+        core: a :class:`DotProductAttention`.
+        query: ``(batch, seq, heads * head_dim)``.
+        key: ``(batch, seq, groups * head_dim)``.
+        value: the same.
+        mask: of all keys, those of `extra` too, ``(batch, 1, 1 or seq, keys)``.
+        extra: None; (key, value) of a prefix; or the buffers of a cache, (key, value, slots to write to).
+    """
+    if extra is None:
+        return core(query, key, value, mask)
+    if len(extra) == 2:
+        return core(query, _after_prefix(extra[0], key), _after_prefix(extra[1], value), mask)
+    key = _written(extra[0], extra[2], core.split(key))
+    return core.by_head(query, key, _written(extra[1], extra[2], core.split(value)), mask)
+
+
+def _written(buffer, slots, part):
+    """Write (batch, heads, n, head_dim) into the slots of a buffer, and return all of it, (batch, heads, capacity, .).
+
+    The buffer is a Parameter of rows, (batch * heads * capacity, head_dim), which is changed in place.
+    """
+    batch, heads, _, size = part.shape
+    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, size)).astype(buffer.dtype))
+    return rows.reshape((batch, heads, -1, size))

@@ -17,7 +17,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import DotProductAttention, rows_after_prefix
+from mindpet.models.attention import DotProductAttention, attend
 from mindpet.models.loading import LoadReport, Outline, PretrainedFilesError, load_tensors, require_outline
 
 _ACTIVATIONS = {
@@ -143,10 +143,7 @@ class BertSelfAttention(nn.Cell):
         query = self.query(rows).reshape((batch, -1, hidden))
         key = self.key(rows).reshape((batch, -1, hidden))
         value = self.value(rows).reshape((batch, -1, hidden))
-        if prefix is not None:
-            key = rows_after_prefix(prefix[0], key)  # (batch, tokens + seq, hidden)
-            value = rows_after_prefix(prefix[1], value)
-        return self.core(query, key, value, mask).reshape((-1, hidden))
+        return attend(self.core, query, key, value, mask, prefix).reshape((-1, hidden))
 
 
 class BertOutput(nn.Cell):

@@ -14,7 +14,7 @@ import mindspore as ms
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
-from mindpet import _checks
+from mindpet import _checks, _compat
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -119,7 +119,7 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
     ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
     positions = np.where(mask, lengths[:, None] + np.arange(-ids.shape[1], 0), cache.capacity - 1).astype(np.int32)
     size = ids.shape[1]
-    if size > 1 and ms.get_context("mode") == ms.GRAPH_MODE:
+    if size > 1 and _compat.in_graph_mode():
         missing, size = -size % PIECE, PIECE
         ids = np.pad(ids, ((0, 0), (missing, 0)))
         positions = np.pad(positions, ((0, 0), (missing, 0)), constant_values=cache.capacity - 1)

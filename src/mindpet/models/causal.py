@@ -13,7 +13,6 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal
 
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import rows_after_prefix
 from mindpet.models.cache import KeyValueCache, Step, advance
 from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors, require_outline
 
@@ -112,7 +111,7 @@ class CausalLanguageModel(nn.Cell):
             input_ids: tokens.
             positions: where each stands.
             hidden: 1 where a key is hidden from a token, else 0, ``(batch, 1, n, keys)``.
-            extras: for each layer what :func:`attend` takes, or empty.
+            extras: for each layer what :func:`mindpet.models.attention.attend` takes, or empty.
         """
         raise NotImplementedError
 
@@ -156,35 +155,6 @@ def to_add(hidden, dtype):
 def start_of(config):
     """How weights start: normally distributed."""
     return Normal(config.initializer_range) if config.initializer_range else "zeros"
-
-
-def attend(core, query, key, value, mask, extra):
-    """Attention of a layer's tokens to each other and to what else there is: a prefix, or a cache.
-
-    Args:
-        core: a :class:`~mindpet.models.attention.DotProductAttention`.
-        query: ``(batch, seq, heads * head_dim)``.
-        key: ``(batch, seq, groups * head_dim)``.
-        value: the same.
-        mask: of all keys, those of `extra` too, ``(batch, 1, seq, keys)``.
-        extra: None; (key, value) of a prefix; or the buffers of a cache, (key, value, slots to write to).
-    """
-    if extra is None:
-        return core(query, key, value, mask)
-    if len(extra) == 2:
-        return core(query, rows_after_prefix(extra[0], key), rows_after_prefix(extra[1], value), mask)
-    key = _written(extra[0], extra[2], core.split(key))
-    return core.by_head(query, key, _written(extra[1], extra[2], core.split(value)), mask)
-
-
-def _written(buffer, slots, part):
-    """Write (batch, heads, n, head_dim) into the slots of a buffer, and return all of it, (batch, heads, capacity, .).
-
-    The buffer is a Parameter of rows, (batch * heads * capacity, head_dim), which is changed in place.
-    """
-    batch, heads, _, size = part.shape
-    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, size)).astype(buffer.dtype))
-    return rows.reshape((batch, heads, -1, size))
 
 
 def read_config(config_class: Any, content: dict[str, Any], source: str, known: set[str], model_type: str) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import mindspore as ms
 import numpy as np
 
-from mindpet import _checks
+from mindpet import _checks, _compat
 from mindpet.models.cache import KeyValueCache
 from mindpet.models.sampling import Sampling
 from mindpet.models.text_pieces import StopStrings, WholeCharacters
@@ -284,7 +284,7 @@ def stream_text(
 
 def _compile(network: "CausalLanguageModel", cache: KeyValueCache, prompt: int, count: int) -> float:
     """In graph mode, take in what is forgotten at once: seconds for compiling a piece of a prompt, and a token."""
-    if ms.get_context("mode") != ms.GRAPH_MODE:
+    if not _compat.in_graph_mode():
         return 0.0
     begun, lengths = time.perf_counter(), cache.lengths
     for size in {min(prompt, 2), 1 if count > 1 else min(prompt, 2)}:

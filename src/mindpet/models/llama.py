@@ -15,8 +15,8 @@ from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
-from mindpet.models.attention import DotProductAttention
-from mindpet.models.causal import CausalLanguageModel, attend, read_config, start_of, to_add
+from mindpet.models.attention import DotProductAttention, attend
+from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 

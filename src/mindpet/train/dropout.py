@@ -50,9 +50,13 @@ class ResumableDropout(nn.Cell):
             and x.dtype == mstype.float32
             and self.has_words_for(x.size // x.shape[-1], x.shape[-1])
         ):
-            return self.fast(x, self.words, ops.concat((self.keys[self.site], self.settings)))
+            return self.fast(x, self.words, self.keys_now())
         place = self.rank, self.part, self.whole
         return x * _kept(self.words, self.keys[self.site], self.threshold, self.scale, x.shape, place).astype(x.dtype)
+
+    def keys_now(self):
+        """What the kernels make this step's mask from, beside the words: two keys, the threshold, the rank."""
+        return ops.concat((self.keys[self.site], self.settings))
 
     def has_words_for(self, rows, columns):
         """Whether a mask of that size has a word for each row, those of the other processes too, and each column."""

@@ -200,7 +200,8 @@ class Fit:
             _files.write_text(metrics, "".join(json.dumps(line) + "\n" for line in kept) if resume else "")
         if not resume:
             self._save()  # from here on a kill can be resumed
-        self.group.require_same(self._trained_digest(), "model or seed")
+        if self.group.size > 1:
+            self.group.require_same(self._trained_digest(), "model or seed")
         try:
             place = metrics if self.group.leads else os.devnull
             with _stop_on_signals(self), open(place, "a", encoding="utf-8") as log:

@@ -15,7 +15,6 @@ import pickle
 import re
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,7 +27,7 @@ from mindpet import _files
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run
 from mindpet.train.fit import Diverged, Interrupted, Reporter
 from mindpet.train.msrun import PARENT
-from mindpet.train.processes import LOCK, cores, lock_of, wishes_to_stop
+from mindpet.train.processes import LOCK, environment_of, free_port, lock_of, wishes_to_stop
 
 _PLACE = "MINDPET_PARALLEL"  # where the processes of a job are told to write what they have to say
 _AGREED = (Interrupted, Diverged)  # ends that all processes come to together
@@ -76,7 +75,7 @@ class _Job:
         self.place, self.count = place, count
         words = [sys.executable, "-m", "mindpet.train.msrun"]
         words += [f"--worker_num={count}", f"--local_worker_num={count}", "--master_addr=127.0.0.1"]
-        words += [f"--master_port={_free_port()}", f"--log_dir={place}", "--join=True"]
+        words += [f"--master_port={free_port()}", f"--log_dir={place}", "--join=True"]
         words += [f"--tail_worker_log={count}"]  # that of none: each tail is a process that outlives msrun
         words += ["python3", "-m", "mindpet.train.msrun", "work", str(place / "run.yaml"), *flags]
         with open(place / "msrun.log", "w", encoding="utf-8") as log:
@@ -290,8 +289,7 @@ def _lives(process: psutil.Process | None) -> bool:
 
 def _environment(place: Path, count: int) -> dict[str, str]:
     """The processes share the cores, and find this Python first."""
-    environment = {name: value for name, value in os.environ.items() if name != "FORCE_COLOR"}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // count)))
+    environment = environment_of(count)
     # msrun starts what is called python3: this one
     python = place / "bin" / "python3"
     python.parent.mkdir(exist_ok=True)
@@ -302,9 +300,3 @@ def _environment(place: Path, count: int) -> dict[str, str]:
     environment["GLOG_v"] = min("3", environment.get("GLOG_v", "3"))  # msrun logs as an error how a process ended
     environment[_PLACE] = str(place)
     return environment
-
-
-def _free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return one.getsockname()[1]

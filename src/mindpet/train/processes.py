@@ -3,6 +3,7 @@
 import fcntl
 import os
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,6 +15,20 @@ LOCK = ".lock"
 def cores() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def environment_of(processes: int) -> dict[str, str]:
+    """Of so many processes at once: they share the cores, unless OMP_NUM_THREADS says otherwise; no colours."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
+    return environment
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
 
 
 @contextmanager

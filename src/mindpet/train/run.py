@@ -122,7 +122,7 @@ def finetune(
     reporter = reporter or Reporter()
     config = with_absolute_paths(config)
     directory = Path(config.output.directory)
-    check_directory(config, directory, resume, overwrite)
+    _check_directory(config, directory, resume, overwrite)
     if config.parallel.processes > 1 and not launched():
         prepare(config, Reporter())  # what is wrong with the data is said at once, not by each process
         return launch(config, reporter, resume, overwrite)
@@ -297,7 +297,7 @@ def _title(config: RunConfig, share: float) -> str:
     return f"{config.method.name} on {Path(config.model.path).name}: {share:.2%} of the parameters train"
 
 
-def check_directory(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
+def _check_directory(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
     """Refuse to write over a run, or to go on where there is none or another one.
 
     Raises:

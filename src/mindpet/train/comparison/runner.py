@@ -15,7 +15,7 @@ from mindpet._checks import NothingFitsError
 from mindpet.train.comparison.cells import Cell, Watcher
 from mindpet.train.config import as_yaml
 from mindpet.train.fit import Interrupted
-from mindpet.train.processes import cores, lock_of, wishes_to_stop
+from mindpet.train.processes import environment_of, lock_of, wishes_to_stop
 
 _PROGRESS = re.compile(r"step (\d+)/(\d+)\b.*?([\d.]+) s left")
 _SHOWN = 8  # last lines of a failed run
@@ -39,7 +39,7 @@ class _Process:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env=_environment(jobs * cell.config.parallel.processes),
+                env={**environment_of(jobs * cell.config.parallel.processes), "COLUMNS": "120"},
                 pass_fds=(lock,),
             )
 
@@ -57,13 +57,6 @@ class _Process:
             if lines:
                 break
         return "\n".join(lines[-_SHOWN:])
-
-
-def _environment(processes: int) -> dict[str, str]:
-    """The cores are shared out among the processes that run at once, unless OMP_NUM_THREADS says otherwise."""
-    environment = {name: value for name, value in os.environ.items() if name not in ("FORCE_COLOR", "TTY_COMPATIBLE")}
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // processes)))
-    return {**environment, "COLUMNS": "120"}
 
 
 class CellRunner:

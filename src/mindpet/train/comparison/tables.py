@@ -16,8 +16,8 @@ from mindpet import _files
 from mindpet.train.comparison.cells import Cell
 from mindpet.train.comparison.picture import draw_comparison
 from mindpet.train.comparison.plan import Plan
-from mindpet.train.comparison.runner import cores
 from mindpet.train.config import RunConfig, method_config
+from mindpet.train.processes import cores
 from mindpet.train.summary_table import per_cent
 
 _SHARED = ("targets", "exclude", "layers", "modules_to_save")
