@@ -26,7 +26,6 @@ def method(tmp_path, monkeypatch):
 
 
 def test_a_new_method_keeps_the_contract(mode, method, tmp_path, monkeypatch):
-    monkeypatch.setattr(test_contract, "STARTS_AS_THE_IDENTITY", {"scale"})
     test_contract.test_the_start(mode, method)
     test_contract.test_only_the_delta_and_the_head_train(mode, method)
     test_contract.test_names_are_paths_and_none_is_there_twice(method)

@@ -35,6 +35,23 @@ def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_the_code_of_every_methods_page_runs(mode, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
+        exec(compile("\n".join(blocks(path, "python")), str(path), "exec"), {"__name__": "page"})
+
+
+def test_every_method_has_a_page_whose_run_file_is_valid():
+    from mindpet._methods import MODULES
+    from mindpet.train.config import MethodSection, method_config
+
+    for name in MODULES:
+        text = "\n".join(blocks(ROOT / "docs" / "methods" / f"{name}.md", "yaml"))
+        section = MethodSection.model_validate(yaml.safe_load(text)["method"])
+        assert section.name == name
+        method_config(section)
+
+
 @pytest.mark.slow
 @pytest.mark.models
 def test_the_page_on_language_models_works_as_it_stands(smollm2, tmp_path):

@@ -11,6 +11,7 @@ __version__ = "1.1.0"
 _HOMES = {
     "AdapterConfig": "mindpet.delta",
     "BitFitConfig": "mindpet.delta",
+    "LoHaConfig": "mindpet.delta",
     "LoRAConfig": "mindpet.delta",
     "LowRankAdapterConfig": "mindpet.delta",
     "METHODS": "mindpet.delta",
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
         METHODS,
         AdapterConfig,
         BitFitConfig,
+        LoHaConfig,
         LoRAConfig,
         LowRankAdapterConfig,
         PrefixConfig,

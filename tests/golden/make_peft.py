@@ -1,19 +1,23 @@
 """Make tests/golden/peft anew: adapters that Hugging Face PEFT trained and wrote, for a BERT of a few hundred weights.
 
-Run it with the extra 'interop' installed: PYTHONHASHSEED=0 python tests/golden/make_peft.py
+Run it with the extra 'interop' installed: PYTHONHASHSEED=0 python tests/golden/make_peft.py [CASE ...]
 
-``base/`` is the BERT, ``expected.json`` has the inputs, and for each case the logits that PEFT computes. The directory
-of each case has the two files as PEFT wrote them (0.21.2, with torch 2.13 and transformers 5.24).
+``base/`` is the BERT. The directory of each case has the two files as PEFT wrote them (0.21.2, with torch 2.13 and
+transformers 5.24), and ``expected.json``: the logits that PEFT computes, how many parameters train, and the gradient of
+the loss by the name that the parameter has in the file. Named cases are made anew, and the others are left alone.
 """
 
 import inspect
 import json
 import shutil
+import sys
+import tempfile
 from pathlib import Path
 
 import peft
 import torch
 import transformers
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent / "peft"
 SIZES = {
@@ -28,6 +32,7 @@ SIZES = {
     "initializer_range": 0.4,
     "num_labels": 3,
 }
+TARGETS = {"target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 LORA = {"r": 2, "lora_alpha": 3, "target_modules": ["query", "value"], "task_type": "SEQ_CLS"}
 CASES = {
     "query_value": LORA,
@@ -47,6 +52,7 @@ CASES = {
         "encoder_hidden_size": 4,
     },
     "dora": {**LORA, "use_dora": True},
+    "loha": {"kind": peft.LoHaConfig, "r": 2, "alpha": 3, "rank_pattern": {"0.attention.self.query": 1}, **TARGETS},
 }
 INPUTS = {
     "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]],
@@ -70,21 +76,41 @@ def base():
     return model.eval()
 
 
-def tuned(options):
+def tuned(kind=None, **options):
     """Four steps of Adam with PEFT."""
     torch.manual_seed(2)
-    kind = peft.PrefixTuningConfig if "num_virtual_tokens" in options else peft.LoraConfig
+    kind = kind or (peft.PrefixTuningConfig if "num_virtual_tokens" in options else peft.LoraConfig)
     model = peft.get_peft_model(base(), kind(**options))
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
     for _ in range(4):
         optimizer.zero_grad()
-        model(**tensors(), labels=torch.tensor([0, 2])).loss.backward()
+        loss(model).backward()
         optimizer.step()
     return model.eval()
 
 
+def loss(model):
+    return model(**tensors(), labels=torch.tensor([0, 2])).loss
+
+
 def tensors():
     return {name: torch.tensor(rows) for name, rows in INPUTS.items()}
+
+
+def gradients(model):
+    """Of the loss, by the names that the parameters have in the file: PEFT writes them in the parameters' place."""
+    model.zero_grad()
+    loss(model).backward()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for name, parameter in model.named_parameters():
+        if name in trained:
+            parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        elif parameter.is_floating_point():
+            parameter.data = torch.full_like(parameter, torch.nan)  # is written, and does not train
+    with tempfile.TemporaryDirectory() as directory:
+        model.save_pretrained(directory)
+        written = load_file(Path(directory) / "adapter_model.safetensors")
+    return {name: value.tolist() for name, value in written.items() if not value.isnan().any()}
 
 
 @torch.no_grad()
@@ -92,19 +118,23 @@ def logits_of(model):
     return model(**tensors()).logits.tolist()
 
 
-def main():
-    shutil.rmtree(HERE, ignore_errors=True)
-    base().save_pretrained(HERE / "base")
-    logits = {"base": logits_of(base())}
-    for case, options in CASES.items():
-        model = tuned(options)
+def main(*cases):
+    if not cases:
+        shutil.rmtree(HERE, ignore_errors=True)
+        base().save_pretrained(HERE / "base")
+    (HERE / "base" / "expected.json").write_text(json.dumps({"inputs": INPUTS, "logits": logits_of(base())}) + "\n")
+    for case in cases or CASES:
+        model = tuned(**CASES[case])
+        shutil.rmtree(HERE / case, ignore_errors=True)
         model.save_pretrained(HERE / case)
         (HERE / case / "README.md").unlink()  # an empty model card
-        logits[case] = logits_of(model)
+        expected = {"logits": logits_of(model)}
+        expected["trains"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        expected["gradients"] = gradients(model)
+        (HERE / case / "expected.json").write_text(json.dumps(expected) + "\n")
     for file in HERE.rglob("*.safetensors"):
         file.chmod(0o644)
-    (HERE / "expected.json").write_text(json.dumps({"inputs": INPUTS, "logits": logits}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

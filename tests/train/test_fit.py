@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from mindpet._methods import DOCUMENTED
 from mindpet.graph import DeltaFileError
 from mindpet.train import run
-from mindpet.train.config import METHOD_NAMES, RunFileError, TrainSection, load_run
+from mindpet.train.config import RunFileError, TrainSection, load_run
 from mindpet.train.data import DataError
 from mindpet.train.fit import (
     CHECKPOINT,
@@ -60,7 +61,7 @@ def back_to_pynative():
 
 @pytest.mark.parametrize("alpha", [0, 4])
 @pytest.mark.parametrize("train_mode", ["graph", "pynative"])
-@pytest.mark.parametrize("method", METHOD_NAMES)
+@pytest.mark.parametrize("method", [*DOCUMENTED, "full"])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_every_method_learns(inputs, tmp_path, method, train_mode, alpha):
     small = {

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mindspore import Tensor
 
+from mindpet._methods import DOCUMENTED
 from mindpet.models.loading import PretrainedFilesError
 from mindpet.models.pretrained import open_pretrained
 from mindpet.train import run
-from mindpet.train.config import METHOD_NAMES, RunFileError, load_run
+from mindpet.train.config import RunFileError, load_run
 from mindpet.train.fit import Interrupted, Reporter, read_metrics
 from mindpet.train.language import Codec, encode_texts
 from mindpet.train.metrics import scorer
@@ -67,10 +68,11 @@ SMALL = {
     "prefix": "method.tokens=4",
     "ptuning2": "method.tokens=4",
 }
-COMPILED = [pytest.param(name, "graph", marks=() if name == "lora" else pytest.mark.slow) for name in METHOD_NAMES]
+NAMES = (*DOCUMENTED, "full")
+COMPILED = [pytest.param(name, "graph", marks=() if name == "lora" else pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.parametrize(("method", "train_mode"), [*((name, "pynative") for name in METHOD_NAMES), *COMPILED])
+@pytest.mark.parametrize(("method", "train_mode"), [*((name, "pynative") for name in NAMES), *COMPILED])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_the_perplexity_falls_with_every_method(tmp_path, story, method, train_mode):
     model = write_language_model(tmp_path / "model", attention_bias=method == "bitfit")

@@ -15,9 +15,10 @@ import psutil
 import pytest
 from safetensors.numpy import load_file
 
+from mindpet._methods import DOCUMENTED
 from mindpet.parallel.group import Group
 from mindpet.train import run
-from mindpet.train.config import METHOD_NAMES, RunFileError, load_run
+from mindpet.train.config import RunFileError, load_run
 from mindpet.train.data import DataError
 from mindpet.train.dropout import DropoutKeys, ResumableDropout
 from mindpet.train.fit import CHECKPOINT, Interrupted, Reporter, read_metrics
@@ -36,7 +37,7 @@ OWN = {  # what a method needs to be tested with all it has; dropout wherever th
     "bitfit": ["train.optimizer=sgd"],
 }
 RUNS = {
-    **{method: [f"method.name={method}", *OWN.get(method, ())] for method in METHOD_NAMES},
+    **{method: [f"method.name={method}", *OWN.get(method, ())] for method in (*DOCUMENTED, "full")},
     "accumulated": ["method.name=lora", "train.accumulate=3", "train.weight_decay=0.1", "train.optimizer=adamw"],
     "r_drop": ["method.name=lora", "train.r_drop_alpha=2", "train.batch_size=7"],
     "pynative": ["method.name=lora", "method.dropout=0.2", "train.mode=pynative"],

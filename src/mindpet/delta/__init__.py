@@ -2,6 +2,7 @@
 
 from mindpet.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.loha import LoHaConfig, LoHaDense
 from mindpet.delta.lora import LoRAConfig, LoRADense
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterDense, LowRankAdapterLayer
 from mindpet.delta.method import DeltaConfig, Method
@@ -18,6 +19,8 @@ __all__ = [
     "AdapterLayer",
     "BitFitConfig",
     "DeltaConfig",
+    "LoHaConfig",
+    "LoHaDense",
     "LoRAConfig",
     "LoRADense",
     "LowRankAdapterConfig",

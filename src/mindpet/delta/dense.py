@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from mindspore import Parameter, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet import _checks, _compat
@@ -116,3 +116,46 @@ class ComputeDense(nn.Dense):
         if self.activation_flag:
             rows = self.activation(rows)
         return self.shaped_like(rows, x)
+
+
+class BranchDense(ComputeDense):
+    r"""A dense layer with something added to its product: :math:`y = \sigma(x W^T + b + \mathrm{branch}(x))`.
+
+    A subclass says what is added, ``branch(rows)``: rows ``(rows, in)`` in the computing dtype to ``(rows, out)``.
+    """
+
+    def branch(self, rows):
+        """What is added: (rows, in) -> (rows, out)."""
+        raise NotImplementedError
+
+    def construct(self, x):
+        rows = self.rows_of(x)
+        out = self.dense_rows(rows) + self.branch(rows)
+        if self.activation_flag:
+            out = self.activation(out)
+        return self.shaped_like(out, x)
+
+
+class ReweightedDense(ComputeDense):
+    r"""A dense layer whose weight is computed from its own and a delta: :math:`y = \sigma(x W'^T + b)`.
+
+    A subclass says what W' is, ``changed_weight(w)``: the weight ``(out, in)``, in whatever dtype it is given, to one
+    of that shape and dtype. Beside making W', a call costs one product.
+    """
+
+    def changed_weight(self, weight):
+        """W' from W: (out, in) -> (out, in)."""
+        raise NotImplementedError
+
+    def construct(self, x):
+        rows = self.matmul(self.rows_of(x), self.changed_weight(self.cast(self.weight, self.compute_dtype)))
+        if self.has_bias:
+            rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))
+        if self.activation_flag:
+            rows = self.activation(rows)
+        return self.shaped_like(rows, x)
+
+    def delta_weight(self) -> Tensor:
+        """W' - W in float32, in the shape of W."""
+        weight = self.weight.astype(mstype.float32)
+        return self.changed_weight(weight) - weight

@@ -7,9 +7,7 @@
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -21,13 +19,13 @@ from mindpet import _checks
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.lora_conv import LoRAConv1d, LoRAConv2d
 from mindpet.delta.lora_embedding import LoRAEmbedding
-from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.method import ATTENTION, Method, RankedConfig
 from mindpet.delta.strategy import Sharded, shard_operators
 from mindpet.utils.version_control import get_dropout
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoRAConfig(DeltaConfig):
+class LoRAConfig(RankedConfig):
     """LoRA on every targeted dense layer.
 
     Attributes:
@@ -39,31 +37,14 @@ class LoRAConfig(DeltaConfig):
         alpha_pattern: path patterns to another alpha.
     """
 
-    rank: int = 8
-    alpha: float = 16.0
     dropout: float = 0.0
     rank_stabilised: bool = False
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self):
         super().__post_init__()
-        for rank in (self.rank, *self.rank_pattern.values()):
-            _checks.positive_int("LoRAConfig", "rank", rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            _checks.non_zero_number("LoRAConfig", "alpha", alpha)
-        _checks.rate("LoRAConfig", "dropout", self.dropout, allow_int=True)
-        _checks.boolean("LoRAConfig", "rank_stabilised", self.rank_stabilised)
-
-    def at(self, path: str) -> "LoRAConfig":
-        """With the rank and the alpha of the cell at `path`."""
-        rank = next((rank for pattern, rank in self.rank_pattern.items() if fnmatchcase(path, pattern)), self.rank)
-        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if fnmatchcase(path, pattern)), self.alpha)
-        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
-
-    def patterns(self) -> tuple[str, ...]:
-        """The patterns of ranks and alphas."""
-        return (*self.rank_pattern, *self.alpha_pattern)
+        owner = type(self).__name__
+        _checks.rate(owner, "dropout", self.dropout, allow_int=True)
+        _checks.boolean(owner, "rank_stabilised", self.rank_stabilised)
 
     @property
     def scaled_alpha(self) -> float:
@@ -253,7 +234,7 @@ METHOD = Method(
         nn.Conv1d: LoRAConv1d.from_conv,
         nn.Conv2d: LoRAConv2d.from_conv,
     },
-    targets=("*.query", "*.value", "*.q_proj", "*.v_proj", "*.c_attn"),
+    targets=ATTENTION,
     fit=fit,
     learning_rate=0.001,
 )

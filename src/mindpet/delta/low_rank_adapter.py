@@ -187,7 +187,8 @@ class LowRankAdapterDense(ComputeDense):
 
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{LowRankAdapterLayer}(h)
 
-    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``.
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost:
+    ``2 * rank * (out + out // reduction_factor) + out + out // reduction_factor`` parameters.
 
     Args:
         in_channels: size of the input's last axis.

@@ -1,13 +1,19 @@
 """What a tuning method is: a record that everything else reads."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any
 
 from mindspore import nn
 
 from mindpet import _checks
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+# where low-rank deltas usually go: queries and values, in BERT, LLaMA and GPT-2
+ATTENTION = ("*.query", "*.value", "*.q_proj", "*.v_proj", "*.c_attn")
 # where adapters usually go: behind attention and behind the feed-forward network, in BERT, LLaMA and GPT-2
 AFTER_BLOCKS = (
     "*.attention.output.dense",
@@ -57,13 +63,48 @@ class DeltaConfig:
                 )
             object.__setattr__(self, "layers", layers)
 
-    def at(self, path: str) -> "DeltaConfig":
+    def at(self, path: str) -> "Self":
         """What holds for the cell at `path`; methods with patterns of their own override this."""
         return self
 
     def patterns(self) -> tuple[str, ...]:
         """Further patterns on the paths of adapted cells, each of which must match one."""
         return ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedConfig(DeltaConfig):
+    """What the methods have whose delta has a rank and is scaled by alpha over it.
+
+    Attributes:
+        rank: r.
+        alpha: the delta is scaled by alpha / rank.
+        rank_pattern: path patterns to another rank; the first that matches counts.
+        alpha_pattern: path patterns to another alpha.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        owner = type(self).__name__
+        for rank in (self.rank, *self.rank_pattern.values()):
+            _checks.positive_int(owner, "rank", rank)
+        for alpha in (self.alpha, *self.alpha_pattern.values()):
+            _checks.non_zero_number(owner, "alpha", alpha)
+
+    def at(self, path: str) -> "Self":
+        """With the rank and the alpha of the cell at `path`."""
+        rank = next((rank for pattern, rank in self.rank_pattern.items() if fnmatchcase(path, pattern)), self.rank)
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if fnmatchcase(path, pattern)), self.alpha)
+        return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
+
+    def patterns(self) -> tuple[str, ...]:
+        """The patterns of ranks and alphas."""
+        return (*self.rank_pattern, *self.alpha_pattern)
 
 
 def _patterns(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:
@@ -92,6 +133,30 @@ def same_configuration(here: Any, there: Any, tensors: dict[str, Any]) -> dict[s
 
 
 @dataclass(frozen=True)
+class PeftNames:
+    """How Hugging Face PEFT writes a method's directory.
+
+    Attributes:
+        kind: its ``peft_type``.
+        tensors: name of each tensor, after the path of the module, to the parameter's name in the adapted Cell. A Cell
+            need not have all of them. Axes of size 1 may be more or fewer there.
+        options: key of ``adapter_config.json`` to the attribute of the configuration here.
+        fixed: key to the only value that computes what is computed here. It is written; another one is refused.
+        free: keys that are of no importance to a trained adapter: how it is started, trained, saved.
+        turned: those of the tensors that are transposed there.
+        shared: names of tensors that all modules share, without a path before them, to the parameter's name here.
+    """
+
+    kind: str
+    tensors: Mapping[str, str]
+    options: Mapping[str, str]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
+    turned: tuple[str, ...] = ()
+    shared: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Method:
     """One tuning method.
 
@@ -102,6 +167,8 @@ class Method:
         paper: author, year, title, where.
         adapt: for each type of Cell that it adapts, what makes the adapted Cell: ``make(cell, config)``. Empty when
             it only selects parameters.
+        share: what all adapted cells of an injection have in common: ``share(cells, config)``. Then each is made by
+            ``make(cell, config, shared)``.
         linear: those of the types that ``"all-linear"`` means.
         targets: the usual targets in the networks of `mindpet.models`.
         learning_rate: a sensible one to begin with, for Adam.
@@ -109,16 +176,20 @@ class Method:
         norm_trainable: attributes of LayerNorm that it trains too, when asked to include norms.
         fit: turns the tensors of a delta made with another configuration of the method into those for this one:
             ``fit(here, there, tensors)``. What it cannot turn, it leaves, and loading reports it.
+        peft: how PEFT writes it, if PEFT has it and the layout is a tensor for a parameter. (LoRA and the prefix
+            methods have readers of their own in `mindpet.interop`.)
     """
 
     name: str
     config: type[DeltaConfig]
     trainable: tuple[str, ...]
     paper: str
-    adapt: Mapping[type[nn.Cell], Callable[[Any, Any], nn.Cell]] = field(default_factory=dict)
+    adapt: Mapping[type[nn.Cell], Callable[..., nn.Cell]] = field(default_factory=dict)
+    share: Callable[[list[Any], Any], Any] | None = None
     linear: tuple[type[nn.Cell], ...] = (nn.Dense,)
     targets: tuple[str, ...] = ()
     learning_rate: float = 1e-3
     aliases: tuple[str, ...] = ()
     norm_trainable: tuple[str, ...] = ()
     fit: Callable[[Any, Any, dict[str, Any]], dict[str, Any]] = same_configuration
+    peft: PeftNames | None = None

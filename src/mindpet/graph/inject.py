@@ -144,12 +144,15 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
     injection = Injection(config, trainable=before)
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
-    for path, cell in target_report(network, config).require_all().matched.items():
+    matched = target_report(network, config).require_all().matched
+    for path, cell in matched.items():
         if is_adapted(cell):
             raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")
+    shared = (method.share(list(matched.values()), config),) if method.share else ()
+    for path, cell in matched.items():
         make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
         if id(cell) not in made:
-            made[id(cell)] = make(cell, config.at(path))
+            made[id(cell)] = make(cell, config.at(path), *shared)
             _compat.copy_recompute(cell, made[id(cell)])
         injection.originals[path], injection.adapted[path] = cell, made[id(cell)]
     replace_cells(network, injection.adapted)

@@ -1,8 +1,9 @@
 """Adapter directories of Hugging Face PEFT, read and written without torch.
 
 A directory has ``adapter_config.json`` (:mod:`~mindpet.interop.peft_config`) and ``adapter_model.safetensors``: LoRA
-(:mod:`~mindpet.interop.peft_lora`) or prefix tuning (:mod:`~mindpet.interop.peft_prefix`), together with modules that
-were trained whole, under the names that they have in the base model.
+(:mod:`~mindpet.interop.peft_lora`), prefix tuning (:mod:`~mindpet.interop.peft_prefix`), or a method whose record says
+how PEFT writes it (:mod:`~mindpet.interop.peft_methods`); together with modules that were trained whole, under the
+names that they have in the base model.
 """
 
 from pathlib import Path
@@ -11,12 +12,14 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindpet import _checks, _files
+from mindpet.delta.registry import METHODS
 from mindpet.graph.freeze_utils import names_of_parameters
-from mindpet.graph.inject import inject, injections
+from mindpet.graph.inject import eject, inject, injections
 from mindpet.graph.merge import merged_cells
 from mindpet.graph.targets import cells_by_path
 from mindpet.interop.peft_config import config_problems
 from mindpet.interop.peft_lora import read_lora, write_lora
+from mindpet.interop.peft_methods import method_of_kind, misfits, read_method, write_method
 from mindpet.interop.peft_modules import Modules, Names
 from mindpet.interop.peft_prefix import read_prefix, write_prefix
 from mindpet.models.causal import CausalLanguageModel
@@ -62,14 +65,21 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
     tensors, problems = _read_tensors(directory), config_problems(content)
     if problems:
         raise _misfit(directory, problems)
-    read = read_lora if content["peft_type"] == "LORA" else read_prefix
-    config, values = read(content, tensors, modules, problems)
+    method = method_of_kind(content["peft_type"])
+    if method is not None:
+        config, values = read_method(method, content, tensors, modules, problems)
+    else:
+        read = read_lora if content["peft_type"] == "LORA" else read_prefix
+        config, values = read(content, tensors, modules, problems)
     if problems or config is None:
         raise _misfit(directory, problems)
     try:
         inject(network, config)
     except (ValueError, TypeError) as error:
         raise _misfit(directory, [str(error)]) from error
+    if method is not None and (problems := misfits(network, method, values)):
+        eject(network)
+        raise _misfit(directory, problems)
     parameters = {name: parameter for parameter, known in names_of_parameters(network) for name in known}
     for path, value in values.items():
         parameter = parameters[path]
@@ -87,8 +97,8 @@ def save_peft(
 ) -> None:
     """Write what was injected and trained as a directory that PEFT loads.
 
-    LoRA on dense layers, embeddings and convolutions is written as it is, together with the biases and the modules that
-    train whole. Prefix-Tuning and P-Tuning v2 are written as the table of their prompts, with no projection. Both files
+    LoRA, and each other method that PEFT has, is written as it is, together with the biases and the modules that train
+    whole. Prefix-Tuning and P-Tuning v2 are written as the table of their prompts, with no projection. Both files
     appear whole; ``adapter_config.json`` comes last.
 
     Args:
@@ -124,9 +134,14 @@ def save_peft(
         content, tensors = write_lora(network, modules, problems)
     elif methods and methods <= {"prefix", "ptuning2"}:
         content, tensors = write_prefix(modules, problems)
+    elif len(methods) == 1 and METHODS[next(iter(methods))].peft is not None:
+        content, tensors = write_method(METHODS[methods.pop()], network, modules, problems)
     else:
-        there = ", ".join(sorted(methods)) or "nothing"
-        raise PeftFormatError(f"A directory of PEFT holds LoRA or a prefix, but this network has {there}.")
+        there = " and ".join(sorted(methods)) or "nothing"
+        raise PeftFormatError(
+            f"A directory of PEFT holds one of its methods, but this network has {there}: of those here, PEFT has "
+            f"lora, {', '.join(one.name for one in METHODS.values() if one.peft is not None)} and the prefix methods."
+        )
     if problems:
         raise PeftFormatError("This network cannot be saved for PEFT:\n  " + "\n  ".join(problems))
     heads = {"classifier", "score"} & set(content["modules_to_save"] or ())

@@ -5,10 +5,11 @@ Modules go by their Hugging Face paths, without the ``base_model.model.`` that P
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from mindpet import _checks
+from mindpet.delta.registry import METHODS
 
 _log = logging.getLogger("mindpet")
 
@@ -24,6 +25,10 @@ _LORA = """
 _PREFIX = """
     encoder_hidden_size init_weights num_attention_heads num_layers num_virtual_tokens prefix_projection token_dim
 """
+_TARGETS = """
+    alpha_pattern bias exclude_modules fan_in_fan_out layers_pattern layers_to_transform rank_pattern target_modules
+"""
+_FREE = set((_COMMON + _TARGETS).split())
 _FREE_OF = {"LORA": set((_COMMON + _LORA).split()), "PREFIX_TUNING": set((_COMMON + _PREFIX).split())}
 # Another computation unless the value is empty or false: what it would be.
 _REFUSED_OF = {
@@ -54,11 +59,18 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     ['use_dora is True: that is DoRA, which scales every row of the weight to a trained magnitude, and is not here']
     """
     kind = config.get("peft_type")
-    if not isinstance(kind, str) or kind not in _FREE_OF:
-        return [f"peft_type is {_checks.shown(kind)}, but only {' and '.join(_FREE_OF)} are read here"]
-    problems, refused = [], _REFUSED_OF[kind]
+    names = {one.peft.kind: one.peft for one in METHODS.values() if one.peft is not None}
+    if not isinstance(kind, str) or kind not in {*_FREE_OF, *names}:
+        return [f"peft_type is {_checks.shown(kind)}, but only {', '.join([*_FREE_OF, *names])} are read here"]
+    problems, refused = [], _REFUSED_OF.get(kind, {})
+    own = names.get(kind)
+    free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free}
     for key, value in config.items():
-        if key in _FREE_OF[kind]:
+        if key in free:
+            continue
+        if own is not None and key in own.fixed:
+            if value not in (own.fixed[key], None):
+                problems.append(f"{key} is {_short(value)}, and only {own.fixed[key]!r} is here")
             continue
         if key == "init_lora_weights" and kind == "LORA":
             if value not in _STARTS:
@@ -77,7 +89,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         else:
             problems.append(f"{key} is unknown here, so its value {_checks.shown(value)} may change the outputs")
     if kind == "LORA":
-        problems += _lora_problems(config)
+        problems += [f"{key} is missing" for key in ("r", "lora_alpha") if config.get(key) is None]
+    if kind != "PREFIX_TUNING":
+        problems += _target_problems(config)
     return problems
 
 
@@ -85,8 +99,8 @@ def _short(value: Any) -> str:
     return _checks.shown(value).rpartition(" (")[0]
 
 
-def _lora_problems(config: Mapping[str, Any]) -> list[str]:
-    problems = [f"{key} is missing" for key in ("r", "lora_alpha") if config.get(key) is None]
+def _target_problems(config: Mapping[str, Any]) -> list[str]:
+    problems = []
     if config.get("bias", "none") not in ("none", "lora_only", "all"):
         problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(config['bias'])}")
     for key in ("rank_pattern", "alpha_pattern"):
@@ -143,6 +157,26 @@ def named_modules(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] |
     names = "|".join(_list(config.get("layers_pattern"))) or r"[^.]*"
     numbers = {path: re.match(rf".*\.(?:{names})\.(\d+)\.", path) for path in found}
     return {path for path, number in numbers.items() if number and int(number[1]) in _list(layers)}
+
+
+def promised(
+    config: Mapping[str, Any],
+    found: Collection[str],
+    cells: Mapping[str, tuple[str, Any]],
+    kinds: tuple[type, ...],
+    method: str,
+) -> list[str]:
+    """The modules that a configuration targets and the file does not hold; the reverse is only logged."""
+    able = {
+        module for module, (_, cell) in cells.items() if isinstance(cell, kinds) and not saved_whole(config, module)
+    }
+    named = named_modules(config, able)
+    if named is None:
+        return []
+    extra = sorted(set(found) & able - named)
+    if extra:
+        _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
+    return [f"missing in the file: {method} of {module}" for module in cells if module in named - set(found)]
 
 
 def saved_whole(config: Mapping[str, Any], path: str) -> bool:

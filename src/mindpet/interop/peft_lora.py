@@ -5,10 +5,8 @@ The parts are ``lora_A.weight`` (rank, in) and ``lora_B.weight`` (out, rank), fo
 branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
 """
 
-import logging
 import re
 from collections import Counter
-from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -19,9 +17,18 @@ from mindpet.delta.lora import METHOD, LoRAConfig
 from mindpet.delta.method import DeltaConfig
 from mindpet.graph.inject import MARKER, injections
 from mindpet.interop import peft_config
-from mindpet.interop.peft_modules import Modules, as_array, fits, missing_whole, read_whole, shape_there, trained_whole
+from mindpet.interop.peft_modules import (
+    Modules,
+    as_array,
+    fits,
+    missing_whole,
+    module_targets,
+    read_whole,
+    shape_there,
+    trained_whole,
+    without_marks,
+)
 
-_log = logging.getLogger("mindpet")
 _LORA_PREFIX = "base_model.model."
 _LORA_TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
 
@@ -54,7 +61,9 @@ def read_lora(
         if path in kept and np.array_equal(kept[path], parameter.asnumpy()):
             del kept[path]
     values.update(kept)
-    problems += _promised(content, pairs, modules) + missing_whole(content, whole, pairs, modules)
+    problems += peft_config.promised(content, pairs, modules.cells, tuple(METHOD.adapt), "LoRA") + missing_whole(
+        content, whole, pairs, modules
+    )
     if not pairs:
         problems.append("there is no LoRA tensor in the file")
     try:
@@ -85,10 +94,8 @@ def _sorted_out(
             problems.append(f"unexpected in the file: {key}")
         elif match := _LORA_TENSOR.fullmatch(name):
             pairs.setdefault(match["module"], {})[match["part"]] = value
-        elif ".modules_to_save." in name:  # with bias="all" a saved head is there under its other names as well
-            whole.setdefault(name.replace(".modules_to_save.", "."), value)
-        elif ".original_module." not in name:
-            whole[name.replace(".base_layer.", ".")] = value
+        else:
+            without_marks(name, value, whole)
     return pairs, whole
 
 
@@ -108,22 +115,6 @@ def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ..
         "lora_A.weight": ("mindpet_delta_lora_a", (rank, second, *kernel)),
         "lora_B.weight": ("mindpet_delta_lora_b", (first, rank, *(1 for _ in kernel))),
     }
-
-
-def _promised(content: dict[str, Any], pairs: Collection[str], modules: Modules) -> list[str]:
-    """The modules that the configuration targets and the file does not hold; the reverse is only logged."""
-    able = {
-        module
-        for module, (_, cell) in modules.cells.items()
-        if isinstance(cell, tuple(METHOD.adapt)) and not peft_config.saved_whole(content, module)
-    }
-    named = peft_config.named_modules(content, able)
-    if named is None:
-        return []
-    extra = sorted(set(pairs) & able - named)
-    if extra:
-        _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
-    return [f"missing in the file: LoRA of {module}" for module in modules.cells if module in named - set(pairs)]
 
 
 def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -157,7 +148,7 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max(config.dropout for config in configs.values()),
-        "target_modules": _targets(list(adapted), modules),
+        "target_modules": module_targets(list(adapted), modules),
         "rank_pattern": peft_config.shortest_pattern(ranks, rank),
         "alpha_pattern": peft_config.shortest_pattern(alphas, alpha),
         "modules_to_save": saved or None,
@@ -169,9 +160,3 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         "layers_to_transform": None,
         "layers_pattern": None,
     }, tensors
-
-
-def _targets(adapted: list[str], modules: Modules) -> list[str]:
-    """The last names, if they mean these modules and no other, else the whole paths."""
-    last = sorted({module.rpartition(".")[2] for module in adapted})
-    return last if peft_config.named_modules({"target_modules": last}, modules.cells) == set(adapted) else adapted

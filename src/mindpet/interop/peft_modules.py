@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from mindpet import _checks, _compat
 from mindpet.graph.inject import MARKER
 from mindpet.graph.targets import cells_by_path
-from mindpet.interop.peft_config import saved_whole
+from mindpet.interop.peft_config import named_modules, saved_whole
 from mindpet.models.loading import hugging_face_name, is_transposed
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -84,6 +84,20 @@ def fits(name: str, value: np.ndarray, shape: tuple[int, ...], dtype: Any, probl
     if not np.isfinite(held).all():
         problems.append(f"{name} holds NaN or infinity" + (" in float16" if dtype == mstype.float16 else ""))
     return True
+
+
+def without_marks(name: str, value: np.ndarray, whole: dict[str, np.ndarray]) -> None:
+    """Put a tensor of the base model into `whole` under the name that it has without PEFT's wrappers."""
+    if ".modules_to_save." in name:  # with bias="all" a saved head is there under its other names as well
+        whole.setdefault(name.replace(".modules_to_save.", "."), value)
+    elif ".original_module." not in name:
+        whole[name.replace(".base_layer.", ".")] = value
+
+
+def module_targets(adapted: list[str], modules: Modules) -> list[str]:
+    """The last names, if they mean these modules and no other, else the whole paths."""
+    last = sorted({module.rpartition(".")[2] for module in adapted})
+    return last if named_modules({"target_modules": last}, modules.cells) == set(adapted) else adapted
 
 
 def read_whole(

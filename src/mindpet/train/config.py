@@ -9,7 +9,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-METHOD_NAMES = ("lora", "adapter", "low_rank_adapter", "bitfit", "prefix", "ptuning2", "full")
+from mindpet._methods import MODULES
+
+METHOD_NAMES = (*MODULES, "full")
 
 
 class RunFileError(ValueError):

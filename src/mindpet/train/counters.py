@@ -69,6 +69,11 @@ def _ptuning2(cell: CellSizes, given: dict[str, Any]) -> int:
     return tokens * width + (width * mid + mid) + (mid * table + table)
 
 
+def _loha(cell: CellSizes, given: dict[str, Any]) -> int:
+    """Two pairs of low-rank matrices."""
+    return 2 * given["rank"] * sum(cell.shapes["weight"])
+
+
 def _bitfit(path: str, given: dict[str, Any]) -> bool:
     return path.endswith("bias") or (given["include_norm"] and path.endswith(".beta"))
 
@@ -108,6 +113,7 @@ COUNTERS = {
     "ptuning2": Counter(
         {"tokens": 20, "projection": False, "projection_dim": 128}, ("dropout",), ("slot",), _SLOT, _ptuning2
     ),
+    "loha": Counter({"rank": 8, "rank_pattern": {}}, ("alpha", "alpha_pattern"), ("dense",), _ATTENTION, _loha),
     "bitfit": Counter({"include_norm": False}, trains=_bitfit),
 }
 ALIASES = {"prefixtuning": "prefix"}
