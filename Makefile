@@ -11,7 +11,7 @@ HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help install fetch models corpora comparison quickstart test interop mindformers lint format docs bench bench-quick clean
+.PHONY: help install fetch models corpora comparison quickstart test exhaustive interop mindformers lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -67,8 +67,11 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 	@echo "Change the headlines: edit $(HEADLINES), then $(BIN)/mindpet infer runs/quickstart --file $(HEADLINES)"
 	@echo "Look at the picture: runs/quickstart/curve.png"
 
-test: $(FETCHED) $(MODELS)  ## run all tests, in PyNative and in graph mode
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' $(ARGS)
+
+exhaustive: $(FETCHED) $(MODELS)  ## run the tests of every combination that `make test` tries a few of: half an hour
+	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 interop: $(COMPARED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
 	$(BIN)/python -m pytest -m interop $(ARGS)

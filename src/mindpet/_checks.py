@@ -6,6 +6,7 @@ argument, what would be right, what was given.
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 from mindspore import Tensor, nn, ops
@@ -47,10 +48,28 @@ def positive_int(owner: str, name: str, value: Any) -> int:
     return int(value)
 
 
+def seed(owner: str, name: str, value: Any) -> int:
+    """An int from zero on that a random generator can start from."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"For '{owner}', '{name}' must be an int from 0 on, but got {shown(value)}.")
+    if value < 0:
+        raise ValueError(f"For '{owner}', '{name}' must be an int from 0 on, but got {shown(value)}.")
+    return int(value)
+
+
 def boolean(owner: str, name: str, value: Any) -> bool:
     """A bool and nothing that merely looks like one."""
     if not isinstance(value, bool):
         raise TypeError(f"For '{owner}', '{name}' must be a bool, but got {shown(value)}.")
+    return value
+
+
+def choice(owner: str, name: str, value: Any, known: Sequence[str]) -> str:
+    """One of a few names."""
+    if string(owner, name, value) not in known:
+        raise ValueError(
+            f"For '{owner}', '{name}' must be one of {', '.join(known)}, but got {shown(value)}{near(value, known)}."
+        )
     return value
 
 

@@ -2,6 +2,9 @@
 
 import copy
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mindspore as ms
@@ -119,6 +122,33 @@ def has_hooks(cell: nn.Cell) -> bool:
 def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:
     """Let `target` be recomputed in the backward pass if `source` is."""
     target._scope = source._scope
+
+
+def is_recomputed(cell: nn.Cell) -> bool:
+    """Whether a Cell is computed again in the backward pass."""
+    return bool(cell._scope and "recompute" in cell._scope)
+
+
+def set_value(parameter: ms.Parameter, value: ms.Tensor) -> None:
+    """Put numbers into a parameter, where everything that was compiled with it finds them.
+
+    In PyNative mode an optimizer is compiled at its first step, and ``set_data`` would give the parameter another place
+    in memory than the one that it writes to.
+    """
+    if in_graph_mode():
+        parameter.set_data(value.astype(parameter.dtype))
+    else:
+        ops.assign(parameter, value.astype(parameter.dtype))
+
+
+@contextmanager
+def compile_cache(directory: Path) -> Iterator[None]:
+    """Within the block a graph that is compiled is kept in a directory, or taken from there."""
+    ms.set_context(enable_compile_cache=True, compile_cache_path=str(directory))
+    try:
+        yield
+    finally:
+        ms.set_context(enable_compile_cache=False)
 
 
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:

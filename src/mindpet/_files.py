@@ -48,6 +48,21 @@ def write_tensors(path: Path | str, tensors: dict[str, np.ndarray], metadata: di
         save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata)
 
 
+def read_tensors(
+    path: Path | str, wrong: Callable[[str], Exception] = ValueError
+) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file, or the error that `wrong` makes of what is the matter."""
+    from safetensors import SafetensorError, safe_open
+
+    if not Path(path).is_file():
+        raise wrong(f"There is no file {path}.")
+    try:
+        with safe_open(path, framework="np") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise wrong(f"{path} cannot be read as safetensors: {error}") from error
+
+
 def read_json(path: Path | str, wrong: Callable[[str], Exception] = ValueError) -> Any:
     """The content of a JSON file, or the error that `wrong` makes of what is the matter with it."""
     path = Path(path)

@@ -53,6 +53,76 @@ CASES = {
     },
     "dora": {**LORA, "use_dora": True},
     "loha": {"kind": peft.LoHaConfig, "r": 2, "alpha": 3, "rank_pattern": {"0.attention.self.query": 1}, **TARGETS},
+    "hra": {"kind": peft.HRAConfig, "r": 4, **TARGETS},
+    "hra_gram_schmidt": {"kind": peft.HRAConfig, "r": 3, "apply_GS": True, "init_weights": False, **TARGETS},
+    "oft": {"kind": peft.OFTConfig, "oft_block_size": 4, **TARGETS},
+    "oft_shared": {
+        "kind": peft.OFTConfig,
+        "r": 2,
+        "oft_block_size": 0,
+        "block_share": True,
+        "use_cayley_neumann": False,
+        **TARGETS,
+    },
+    "boft": {"kind": peft.BOFTConfig, "boft_block_size": 4, **TARGETS},
+    "miss": {"kind": peft.MissConfig, "r": 3, **TARGETS},
+    "ln_tuning": {"kind": peft.LNTuningConfig, "target_modules": ["LayerNorm"], "task_type": "SEQ_CLS"},
+    "ln_tuning_some": {
+        "kind": peft.LNTuningConfig,
+        "target_modules": ["0.output.LayerNorm", "embeddings.LayerNorm"],
+        "task_type": "SEQ_CLS",
+    },
+    "trainable_tokens": {
+        "kind": peft.TrainableTokensConfig,
+        "token_indices": [5, 2, 9],
+        "target_modules": ["word_embeddings"],
+        "task_type": "SEQ_CLS",
+    },
+    "ia3": {
+        "kind": peft.IA3Config,
+        "target_modules": ["key", "value", "output.dense"],
+        "feedforward_modules": ["output.dense"],
+        "task_type": "SEQ_CLS",
+    },
+    "vera": {"kind": peft.VeraConfig, "r": 3, "projection_prng_key": 5, "d_initial": 0.2, **TARGETS},
+    "lokr": {"kind": peft.LoKrConfig, "r": 1, "alpha": 3, "rank_pattern": {"0.attention.self.query": 2}, **TARGETS},
+    "lokr_both": {
+        "kind": peft.LoKrConfig,
+        "r": 1,
+        "alpha": 2,
+        "decompose_both": True,
+        "decompose_factor": 4,
+        **TARGETS,
+    },
+    "prompt_tuning": {"kind": peft.PromptTuningConfig, "num_virtual_tokens": 3, "task_type": "SEQ_CLS"},
+    "p_tuning": {
+        "kind": peft.PromptEncoderConfig,
+        "num_virtual_tokens": 3,
+        "encoder_hidden_size": 4,
+        "task_type": "SEQ_CLS",
+    },
+    "p_tuning_lstm": {
+        "kind": peft.PromptEncoderConfig,
+        "num_virtual_tokens": 3,
+        "encoder_reparameterization_type": "LSTM",
+        "encoder_hidden_size": 4,
+        "task_type": "SEQ_CLS",
+    },
+    "multitask_prompt_tuning": {
+        "kind": peft.MultitaskPromptTuningConfig,
+        "num_virtual_tokens": 3,
+        "num_tasks": 2,
+        "num_ranks": 2,
+        "task_type": "SEQ_CLS",
+    },
+    "fourierft": {"kind": peft.FourierFTConfig, "n_frequency": 20, "scaling": 30.0, **TARGETS},
+    "randlora": {"kind": peft.RandLoraConfig, "r": 3, "randlora_alpha": 60, "projection_prng_key": 5, **TARGETS},
+    "randlora_sparse": {"kind": peft.RandLoraConfig, "r": 2, "randlora_alpha": 40, "sparse": True, **TARGETS},
+    "shira": {"kind": peft.ShiraConfig, "r": 1, "random_seed": 4, **TARGETS},
+    "adalora": {
+        "kind": peft.AdaLoraConfig,
+        **{"init_r": 3, "target_r": 1, "lora_alpha": 4, "tfinal": 1, "total_step": 4, "orth_reg_weight": 0.0, **TARGETS},
+    },
 }
 INPUTS = {
     "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]],
@@ -82,19 +152,22 @@ def tuned(kind=None, **options):
     kind = kind or (peft.PrefixTuningConfig if "num_virtual_tokens" in options else peft.LoraConfig)
     model = peft.get_peft_model(base(), kind(**options))
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
-    for _ in range(4):
+    for step in range(1, 5):
         optimizer.zero_grad()
         loss(model).backward()
         optimizer.step()
+        if isinstance(model.base_model, peft.AdaLoraModel):
+            model.base_model.update_and_allocate(step)
     return model.eval()
 
 
 def loss(model):
-    return model(**tensors(), labels=torch.tensor([0, 2])).loss
+    return model(**tensors(model), labels=torch.tensor([0, 2])).loss
 
 
-def tensors():
-    return {name: torch.tensor(rows) for name, rows in INPUTS.items()}
+def tensors(model):
+    task = {"task_ids": torch.tensor([0, 0])} if getattr(model, "peft_type", "") == "MULTITASK_PROMPT_TUNING" else {}
+    return {name: torch.tensor(rows) for name, rows in INPUTS.items()} | task
 
 
 def gradients(model):
@@ -107,6 +180,9 @@ def gradients(model):
             parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         elif parameter.is_floating_point():
             parameter.data = torch.full_like(parameter, torch.nan)  # is written, and does not train
+    for buffer in model.buffers():
+        if buffer.is_floating_point():
+            buffer.fill_(torch.nan)
     with tempfile.TemporaryDirectory() as directory:
         model.save_pretrained(directory)
         written = load_file(Path(directory) / "adapter_model.safetensors")
@@ -115,7 +191,7 @@ def gradients(model):
 
 @torch.no_grad()
 def logits_of(model):
-    return model(**tensors()).logits.tolist()
+    return model(**tensors(model)).logits.tolist()
 
 
 def main(*cases):

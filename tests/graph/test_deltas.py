@@ -29,6 +29,20 @@ def base_of(cell):
     return {p.name: ms.Parameter(p.value(), name=p.name) for p in cell.get_parameters() if "delta" not in p.name}
 
 
+def test_a_delta_that_is_loaded_between_steps_goes_on_training(mode, tmp_path, rng):
+    cell = tuned()
+    save_delta(cell, tmp_path)
+    x, labels = Tensor(rng.standard_normal((4, 6)).astype(np.float32)), Tensor([0, 1, 2, 0], ms.int32)
+    loss = nn.WithLossCell(cell, nn.CrossEntropyLoss())
+    step = nn.TrainOneStepCell(loss, nn.Adam(cell.trainable_params(), 0.1))
+    step(x, labels)
+    for load in (lambda: load_delta(cell, tmp_path), lambda: load_delta(cell, tmp_path, "b"), lambda: use(cell, "default")):
+        load()
+        before = {p.name: p.asnumpy().copy() for p in cell.trainable_params()}
+        step(x, labels)
+        assert all(not np.array_equal(p.asnumpy(), before[p.name]) for p in cell.trainable_params())
+
+
 def test_a_delta_goes_into_an_untouched_network(mode, tmp_path, rng):
     ours = tuned()
     save_delta(ours, tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindpet import BitFitConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
+from mindpet import BitFitConfig, DoRAConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
 from mindpet.interop import load_peft, save_peft
 from mindpet.models import BertForSequenceClassification
 
@@ -63,6 +63,7 @@ THEIRS = {
     "one layer": {**LORA, "layers_to_transform": [1], "layers_pattern": "layer"},
     "excluded": {**LORA, "exclude_modules": ["0.attention.self.query"]},
     "dropout": {**LORA, "lora_dropout": 0.2},
+    "DoRA": {**LORA, "use_dora": True, "use_rslora": True, "target_modules": "all-linear"},
     "prefix": {"num_virtual_tokens": 5, "task_type": "SEQ_CLS"},
     "prefix with projection": {
         "num_virtual_tokens": 5,
@@ -90,7 +91,11 @@ OURS = {
     "bias of adapted modules": [
         LoRAConfig(rank=4, targets=QUERY_VALUE, modules_to_save=["*.query.bias", "*.value.bias", "classifier"])
     ],
+    "bias='lora_only'": [LoRAConfig(rank=4, targets=QUERY_VALUE, modules_to_save=HEAD, bias="lora_only")],
     "all biases": [LoRAConfig(rank=4, targets=QUERY_VALUE, modules_to_save=HEAD), BitFitConfig(include_norm=True)],
+    "bias='all'": [LoRAConfig(rank=4, targets=QUERY_VALUE, modules_to_save=HEAD, bias="all")],
+    "orthogonal start": [LoRAConfig(rank=4, targets=QUERY_VALUE, start="orthogonal")],
+    "DoRA": [DoRAConfig(rank=4, targets=["*.query", "*.dense"], rank_pattern={"*.0.*": 2}, modules_to_save=HEAD)],
     "some biases": [LoRAConfig(rank=4, targets=QUERY_VALUE), BitFitConfig()],
     "modules saved whole": [
         LoRAConfig(
@@ -211,7 +216,8 @@ def test_what_was_trained_here_computes_the_same_in_peft_and_comes_back_bit_for_
     network = trained_here(base, OURS[case])
     expected = our_logits(network)
     assert np.abs(expected - our_logits(ours(base))).max() > 0.02
-    save_peft(network, tmp_path / "ours", base_model=str(base), task_type="SEQ_CLS" if case == "all biases" else None)
+    task = "SEQ_CLS" if case in ("all biases", "bias='all'") else None
+    save_peft(network, tmp_path / "ours", base_model=str(base), task_type=task)
     model = peft.PeftModel.from_pretrained(theirs(base), tmp_path / "ours").eval()
     assert not [str(entry.message) for entry in recwarn if issubclass(entry.category, peft.utils.warning.PeftWarning)]
     assert not [str(entry.message) for entry in recwarn if "adapter keys" in str(entry.message)]
@@ -257,7 +263,7 @@ def test_bfloat16_adapters_are_widened(base, tmp_path):
     np.testing.assert_array_equal(here.asnumpy(), value.detach().float().numpy())
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"init_lora_weights": "pissa"}])
+@pytest.mark.parametrize("options", [{"lora_bias": True}, {"init_lora_weights": "pissa"}])
 def test_what_is_not_here_is_refused(base, tmp_path, options):
     peft.get_peft_model(theirs(base), peft.LoraConfig(**LORA, **options)).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=next(iter(options))):

@@ -51,6 +51,8 @@ def digests(library):
     key, value = (generator.standard_normal((3, 70, 40), np.float32) for _ in range(2))
     hidden = generator.standard_normal((3, 1, 1, 70), np.float32)
     attention = (query, key, value, hidden, words, keys, np.array([6, 2], np.int32), np.array([0.2, 1.3], np.float32))
+    quantised = (up[:, :128].reshape(-1)[:64].view(np.uint8), losses[:8].copy())  # 8 blocks of 64 entries, in 256 bytes
+    tables = (epsilon, epsilon, *(generator.standard_normal(shape, np.float32) for shape in ((256, 2), 256)))
     calls = {
         "gelu_forward": ((x,), same),
         "gelu_backward": ((x, dy), same),
@@ -72,6 +74,8 @@ def digests(library):
         "dropout_apply": ((x, words, keys, epsilon), same),
         "dense_forward": ((x, up), (rows, rows)),
         "dense_backward": ((x.T, x), (columns, columns)),
+        "quantised_forward": ((dy[:, :32], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 16)),
+        "quantised_backward": ((dy[:, :16], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 32)),
         "attention_forward": (attention, query.shape),
         "attention_backward": ((*attention, query, query), query.shape, (key.shape, key.shape)),
     }

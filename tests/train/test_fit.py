@@ -119,6 +119,48 @@ def test_every_optimizer_learns_with_weight_decay(inputs, tmp_path, optimizer, r
     assert np.mean(curve[-4:]) < 0.95 * np.mean(curve[:3])
 
 
+@pytest.mark.parametrize("train_mode", ["graph", "pynative"])
+@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.02), ("adamw", 0.005), ("sgd", 0.1)])
+@pytest.mark.usefixtures("back_to_pynative")
+def test_lora_plus_learns_and_resumes(inputs, tmp_path, optimizer, rate, train_mode):
+    """B's rate is another one: a ratio of 1 gives another curve."""
+    more = (f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.max_steps=12", f"train.mode={train_mode}")
+    more = (*more, f"train.learning_rate={rate}", "method.name=lora_plus", "train.schedule=cosine")
+    run.finetune(settings(inputs, tmp_path / "whole", *more, "method.ratio=8"))
+    curve = losses(tmp_path / "whole")
+    assert np.mean(curve[-4:]) < 0.97 * np.mean(curve[:3])
+    cut = settings(inputs, tmp_path / "cut", *more, "method.ratio=8")
+    with pytest.raises(Interrupted, match="--resume"):
+        run.finetune(cut, StopAt(5))
+    run.finetune(cut, resume=True)
+    assert losses(tmp_path / "cut") == curve
+    run.finetune(settings(inputs, tmp_path / "plain", *more, "method.ratio=1"))
+    assert losses(tmp_path / "plain")[0] == curve[0]
+    assert losses(tmp_path / "plain")[-1] != curve[-1]
+
+
+@pytest.mark.parametrize(("train_mode", "accumulate"), [("graph", 1), ("graph", 2), ("pynative", 1)])
+@pytest.mark.usefixtures("back_to_pynative")
+def test_adalora_keeps_its_budget_and_resumes_before_and_after_the_last_choice(
+    inputs, tmp_path, train_mode, accumulate
+):
+    more = ("method.name=adalora", "method.rank=1", "method.initial_rank=3", "method.interval=2", "train.max_steps=12")
+    more = (*more, f"train.mode={train_mode}", f"train.accumulate={accumulate}", "train.epochs=9")
+    more = (*more, "train.keep_best=false", "train.learning_rate=0.02", "train.batch_size=6")
+    run.finetune(settings(inputs, tmp_path / "whole", *more))
+    cut = settings(inputs, tmp_path / "cut", *more)
+    for at in (5, 10):  # the last choice is at step 8
+        with pytest.raises(Interrupted, match="--resume"):
+            run.finetune(cut, StopAt(at), resume=at > 5)
+    run.finetune(cut, resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    ours, theirs = (load_file(tmp_path / name / "delta" / "delta.safetensors") for name in ("cut", "whole"))
+    assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
+    values = {name: value for name, value in ours.items() if name.endswith("adalora_e")}
+    assert len(values) == 4
+    assert sum(np.count_nonzero(value) for value in values.values()) == 4
+
+
 @pytest.mark.usefixtures("back_to_pynative")
 def test_the_uneven_last_batch_counts_its_rows_only(inputs, tmp_path):
     model, _ = inputs

@@ -28,6 +28,7 @@ from tests.tiny import overrides, sentences, stories, write_language_model, writ
 
 SAME = 1e-6
 PROCESSES = "parallel.processes=2"
+MODES = ("graph", "pynative")
 OWN = {  # what a method needs to be tested with all it has; dropout wherever there is some
     "lora": ["method.dropout=0.2"],
     "prefix": ["method.dropout=0.2", "method.tokens=4"],
@@ -36,15 +37,19 @@ OWN = {  # what a method needs to be tested with all it has; dropout wherever th
     "full": ["train.optimizer=sgd"],  # the bias of a key has no gradient but rounding, which Adam makes a step of
     "bitfit": ["train.optimizer=sgd"],
 }
-RUNS = {
-    **{method: [f"method.name={method}", *OWN.get(method, ())] for method in (*DOCUMENTED, "full")},
-    "accumulated": ["method.name=lora", "train.accumulate=3", "train.weight_decay=0.1", "train.optimizer=adamw"],
-    "r_drop": ["method.name=lora", "train.r_drop_alpha=2", "train.batch_size=7"],
-    "pynative": ["method.name=lora", "method.dropout=0.2", "train.mode=pynative"],
-    "pynative_r_drop": [
-        *("method.name=ptuning2", "method.tokens=4", "train.r_drop_alpha=2", "train.accumulate=2"),
-        "train.mode=pynative",
-    ],
+EVERY_METHOD = {method: [f"method.name={method}", *OWN.get(method, ())] for method in (*DOCUMENTED, "full")}
+ACCUMULATED = ["method.name=lora", "train.accumulate=3", "train.weight_decay=0.1", "train.optimizer=adamw"]
+R_DROP = ["method.name=ptuning2", "method.tokens=4", "train.r_drop_alpha=2", "train.accumulate=2"]
+FEW = {
+    "lora": [*EVERY_METHOD["lora"], "train.r_drop_alpha=2", "train.batch_size=7"],
+    "full": EVERY_METHOD["full"],
+    "accumulated": ACCUMULATED,
+    "r_drop": [*R_DROP, "train.mode=pynative"],
+}
+ALL = {
+    **{f"{name}-{mode}": [*runs, f"train.mode={mode}"] for name, runs in EVERY_METHOD.items() for mode in MODES},
+    **{f"accumulated-{mode}": [*ACCUMULATED, f"train.mode={mode}"] for mode in MODES},
+    **{f"r_drop-{mode}": [*R_DROP, f"train.mode={mode}"] for mode in MODES},
 }
 
 
@@ -80,11 +85,12 @@ def assert_same_runs(one, other):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("processes")
-def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pynative):
+@pytest.mark.parametrize("chosen", [FEW, pytest.param(ALL, marks=pytest.mark.exhaustive)], ids=["few", "all"])
+def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pynative, chosen):
     """13 rows held out and 49 to train on: neither is a multiple of a batch of 8, nor of two processes."""
     common = overrides(*inputs, tmp_path, "data.holdout=13", "train.epochs=3", "train.learning_rate=0.003")
     common += ["model.dropout=0.1", "train.max_steps=21"]
-    runs = {name: [*common, *more] for name, more in RUNS.items()}
+    runs = {name: [*common, *more] for name, more in chosen.items()}
     story = tmp_path / "story.txt"
     story.write_text(stories(60))
     language = [f"model.path={write_language_model(tmp_path / 'language')}", f"data.train={story}"]
@@ -95,8 +101,8 @@ def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pyn
         directory.mkdir()
         (directory / "runs.json").write_text(json.dumps(runs))
     script = str(Path(__file__).with_name("together.py"))
-    run_script(together, 2, [script, str(together)], 500)
-    subprocess.run([sys.executable, script, str(alone)], check=True, capture_output=True, timeout=500)
+    run_script(together, 2, [script, str(together)], 1800)
+    subprocess.run([sys.executable, script, str(alone)], check=True, capture_output=True, timeout=1800)
     for name in runs:
         assert_same_runs(alone / name, together / name)
         report = json.loads((together / name / "report.json").read_text())

@@ -140,8 +140,8 @@ class AdapterDense(ComputeDense):
 
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{AdapterLayer}(h)
 
-    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost: ``2 * out * size + out + size``
-    parameters, with the bottleneck's size.
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost:
+    ``2 * out * size + out + size`` parameters, with the bottleneck's size.
 
     Args:
         in_channels: size of the input's last axis.

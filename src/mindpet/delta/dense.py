@@ -19,7 +19,7 @@ def _share(dense: nn.Dense, layer: nn.Dense) -> None:
     nn.Cell.__init__(layer)
     for name in _BORROWED:
         setattr(layer, name, getattr(dense, name))
-    layer.weight = dense.weight
+    layer.weight = dense.base_weight if isinstance(dense, ComputeDense) else dense.weight
     layer.bias = dense.bias if dense.has_bias else None
     if dense.has_bias:
         layer.bias_add = dense.bias_add
@@ -72,14 +72,14 @@ class ComputeDense(nn.Dense):
             )
         layer = cls.__new__(cls)
         _share(dense, layer)
-        own = getattr(dense, "compute_dtype", dense.weight.dtype)
+        own = getattr(dense, "compute_dtype", layer.weight.dtype)
         layer.compute_dtype = _compat.forced_dtype(dense) or own
         layer.cast = ops.Cast()
         return layer
 
     def plain(self) -> nn.Dense:
         """The dense layer alone: weight, bias and operators shared."""
-        if self.compute_dtype != self.weight.dtype:
+        if self.compute_dtype != self.base_weight.dtype:
             return ComputeDense.borrow(self)
         layer = nn.Dense.__new__(nn.Dense)
         _share(self, layer)
@@ -134,6 +134,29 @@ class BranchDense(ComputeDense):
         if self.activation_flag:
             out = self.activation(out)
         return self.shaped_like(out, x)
+
+
+class ChangedInputDense(ComputeDense):
+    r"""A dense layer whose input passes through a square matrix: :math:`y = \sigma(x R W^T + b)`.
+
+    A subclass says how, ``changed_input(rows)``: x R for rows ``(rows, in)``, in whatever dtype they are given.
+    """
+
+    def changed_input(self, rows):
+        """The product x R: (rows, in) -> (rows, in)."""
+        raise NotImplementedError
+
+    def construct(self, x):
+        rows = self.dense_rows(self.changed_input(self.rows_of(x)))  # (rows, out)
+        if self.activation_flag:
+            rows = self.activation(rows)
+        return self.shaped_like(rows, x)
+
+    def delta_weight(self) -> Tensor:
+        """W R^T - W in float32, in the shape of W."""
+        weight = self.weight.astype(mstype.float32)
+        matrix = self.changed_input(ops.eye(self.in_channels, self.in_channels, mstype.float32))  # R
+        return self.matmul(weight, matrix) - weight
 
 
 class ReweightedDense(ComputeDense):

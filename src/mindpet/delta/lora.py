@@ -8,7 +8,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
@@ -19,6 +19,7 @@ from mindpet import _checks
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.lora_conv import LoRAConv1d, LoRAConv2d
 from mindpet.delta.lora_embedding import LoRAEmbedding
+from mindpet.delta.lora_start import OF_THE_WEIGHT, STARTS, branch_start
 from mindpet.delta.method import ATTENTION, Method, RankedConfig
 from mindpet.delta.strategy import Sharded, shard_operators
 from mindpet.utils.version_control import get_dropout
@@ -35,16 +36,32 @@ class LoRAConfig(RankedConfig):
         rank_stabilised: scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv:2312.03732).
         rank_pattern: path patterns to another rank; the first that matches counts.
         alpha_pattern: path patterns to another alpha.
+        start: where A and B start: ``kaiming``, ``gaussian``, ``orthogonal``, ``pissa`` or ``olora``
+            (`mindpet.delta.lora_start`). The network starts as it was with each of them.
+        bias: biases that train as well: ``none``, ``lora_only`` for those of the adapted cells, or ``all``, the shifts
+            of the norms among them.
     """
 
     dropout: float = 0.0
     rank_stabilised: bool = False
+    start: str = "kaiming"
+    bias: str = "none"
+
+    starts: ClassVar[tuple[str, ...]] = STARTS
 
     def __post_init__(self):
         super().__post_init__()
         owner = type(self).__name__
         _checks.rate(owner, "dropout", self.dropout, allow_int=True)
         _checks.boolean(owner, "rank_stabilised", self.rank_stabilised)
+        _checks.choice(owner, "start", self.start, self.starts)
+        _checks.choice(owner, "bias", self.bias, ("none", "lora_only", "all"))
+        odd = [rank for rank in (self.rank, *self.rank_pattern.values()) if rank % 2]
+        if self.start == "orthogonal" and odd:
+            raise ValueError(f"For '{owner}', 'rank' must be even for the start 'orthogonal', but got {odd[0]}.")
+        negative = [alpha for alpha in (self.alpha, *self.alpha_pattern.values()) if alpha < 0]
+        if self.start == "pissa" and negative:
+            raise ValueError(f"For '{owner}', 'alpha' must be above 0 for the start 'pissa', but got {negative[0]}.")
 
     @property
     def scaled_alpha(self) -> float:
@@ -125,10 +142,9 @@ class LoRADense(ComputeDense):
     @classmethod
     def from_dense(cls, dense: nn.Dense, config: LoRAConfig) -> "LoRADense":
         """The same dense layer, weight and bias shared, with a new branch in the dtype of its weight."""
-        layer = cls.borrow(dense)
-        start = HeUniform(negative_slope=math.sqrt(5))
-        alpha, dtype = config.scaled_alpha, dense.weight.dtype
-        layer._add_branch(config.rank, alpha, float(config.dropout), start, "zeros", dtype)
+        layer = (LoRAStartDense if config.start in OF_THE_WEIGHT else cls).borrow(dense)
+        a, b = branch_start(config, dense.weight)
+        layer._add_branch(config.rank, config.scaled_alpha, float(config.dropout), a, b, dense.weight.dtype)
         return layer
 
     def _add_branch(self, rank: int, alpha: float, dropout: float, a_init: Any, b_init: Any, dtype: Any) -> None:
@@ -159,12 +175,16 @@ class LoRADense(ComputeDense):
             out = self.activation(out)
         return self.shaped_like(out, x)
 
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and B."""
+        return self.mindpet_delta_lora_a, self.mindpet_delta_lora_b
+
     def delta_weight(self) -> Tensor:
         """What the branch adds to W: ``alpha / rank * B A``, in the shape of W and the dtype of B.
 
         W is ``(out, in)``, or ``(in, out)`` where another toolkit has put in a product that does not transpose it.
         """
-        a, b = (p.astype(mstype.float32) for p in (self.mindpet_delta_lora_a, self.mindpet_delta_lora_b))
+        a, b = (matrix.astype(mstype.float32) for matrix in self.factors())
         delta = ops.matmul(b, a) * (self.lora_alpha / self.lora_rank)
         if not getattr(self.matmul, "transpose_b", True):
             delta = delta.transpose((1, 0))
@@ -200,6 +220,46 @@ class LoRADense(ComputeDense):
         return {"in": self.in_channels, "out": self.out_channels, "rank": self.lora_rank}
 
 
+class LoRAStartDense(LoRADense):
+    r"""LoRA whose branch starts at a part of the weight, and adds what it has moved away from it.
+
+    .. math:: y = \sigma\bigl(x W^T + b + \tfrac{\alpha}{r}\, (\mathrm{dropout}(x) A^T B^T - x A_0^T B_0^T)\bigr)
+
+    Shapes: as in :class:`LoRADense`; A0 and B0, frozen, are A and B as they started, and -B0 is what is kept. That is
+    the paper's residual weight W - alpha / r B0 A0 with the branch beside it, but W stays what it was in the files: so
+    other deltas fit it, and merging, ejecting and saving go as with any LoRA. It starts as the dense layer it replaces,
+    but for dropout. Cost: ``rank * (in + out)`` parameters that train, as many that do not, and
+    ``2 * rank * (in + out)`` floating-point operations a row beside those of LoRA.
+
+    >>> layer = LoRADense.from_dense(nn.Dense(6, 4), LoRAConfig(rank=2, start="pissa"))
+    >>> [parameter.name for parameter in layer.get_parameters() if not parameter.requires_grad]
+    ['mindpet_delta_start_lora_a', 'mindpet_delta_start_lora_b']
+    """
+
+    def _add_branch(self, rank: int, alpha: float, dropout: float, a_init: Any, b_init: Any, dtype: Any) -> None:
+        super()._add_branch(rank, alpha, dropout, a_init, b_init, dtype)
+        # names that freezing does not take for LoRA's, and saving does
+        self.mindpet_delta_start_lora_a = Parameter(a_init.copy(), "mindpet_delta_start_lora_a", False)
+        self.mindpet_delta_start_lora_b = Parameter(-b_init, "mindpet_delta_start_lora_b", False)
+
+    def construct(self, x):
+        rows = self.rows_of(x)  # (rows, in)
+        branch = self.lora_dropout(rows)
+        branch = self.lora_a_matmul(branch, self.cast(self.mindpet_delta_lora_a, self.compute_dtype))  # (rows, rank)
+        branch = self.lora_b_matmul(branch, self.cast(self.mindpet_delta_lora_b, self.compute_dtype))  # (rows, out)
+        start = self.lora_a_matmul(rows, self.cast(self.mindpet_delta_start_lora_a, self.compute_dtype))
+        start = self.lora_b_matmul(start, self.cast(self.mindpet_delta_start_lora_b, self.compute_dtype))
+        out = self.add(self.dense_rows(rows), self.mul(self.add(branch, start), self.scaling))
+        if self.activation_flag:
+            out = self.activation(out)
+        return self.shaped_like(out, x)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A and A0 in one, B and -B0 in one: a plain branch of twice the rank and the same scale."""
+        a = ops.concat((self.mindpet_delta_lora_a, self.mindpet_delta_start_lora_a), 0)  # (2 * rank, in)
+        return a, ops.concat((self.mindpet_delta_lora_b, self.mindpet_delta_start_lora_b), 1)  # (out, 2 * rank)
+
+
 def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The same deltas for layers of a rank that is at least theirs, and of another alpha: exactly.
 
@@ -211,11 +271,11 @@ def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> 
         path, _, last = name.rpartition(".")
         ours, theirs = here.at(path), there.at(path)
         missing = ours.rank - theirs.rank
-        if last == "mindpet_delta_lora_a" and missing > 0:
+        if last in ("mindpet_delta_lora_a", "mindpet_delta_start_lora_a") and missing > 0:
             bound = 1 / math.sqrt(value[0].size)
             rows = np.random.default_rng(0).uniform(-bound, bound, (missing, *value.shape[1:]))
             value = np.concatenate([value, rows.astype(value.dtype)])
-        elif last == "mindpet_delta_lora_b" and missing >= 0:
+        elif last in ("mindpet_delta_lora_b", "mindpet_delta_start_lora_b") and missing >= 0:
             ratio = (theirs.scaled_alpha / theirs.rank) / (ours.scaled_alpha / ours.rank)
             value = value if ratio == 1 else (value * ratio).astype(value.dtype)
             value = np.pad(value, [(0, 0), (0, missing)] + [(0, 0)] * (value.ndim - 2))

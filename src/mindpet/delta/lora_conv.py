@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import HeUniform, initializer
+from mindspore.common.initializer import initializer
 
+from mindpet.delta.lora_start import random_start
 from mindpet.utils.version_control import get_dropout
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class LoRAConv2d(nn.Conv2d):
         """The same convolution, weight, bias and operator shared, with a new branch in the dtype of its weight.
 
         Raises:
-            ValueError: a grouped convolution, or one whose channels come last.
+            ValueError: a grouped convolution, or one whose channels come last; a start for dense layers.
         """
         if conv.group != 1 or conv.data_format != "NCHW":
             raise ValueError(
@@ -67,7 +68,7 @@ class LoRAConv2d(nn.Conv2d):
         layer.bias = conv.bias if conv.has_bias else None
         rank, dtype = config.rank, conv.weight.dtype
         a_shape, b_shape = (rank, *conv.weight.shape[1:]), (conv.out_channels, rank, 1, 1)
-        start = HeUniform(negative_slope=5**0.5)
+        start = random_start(config, cls.__name__)
         layer.mindpet_delta_lora_a = Parameter(initializer(start, a_shape, dtype), name="mindpet_delta_lora_a")
         layer.mindpet_delta_lora_b = Parameter(initializer("zeros", b_shape, dtype), name="mindpet_delta_lora_b")
         layer.conv_a = ops.Conv2D(rank, conv.kernel_size, 1, conv.pad_mode, conv.padding, conv.stride, conv.dilation)

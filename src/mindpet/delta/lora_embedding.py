@@ -9,6 +9,8 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal, initializer
 
+from mindpet.delta.lora_start import random_start
+
 if TYPE_CHECKING:
     from mindpet.delta.lora import LoRAConfig
 
@@ -29,11 +31,15 @@ class LoRAEmbedding(nn.Embedding):
     def from_embedding(cls, embedding: nn.Embedding, config: "LoRAConfig") -> "LoRAEmbedding":
         """The same embedding, its table shared, with a new branch in the dtype of the table.
 
+        Raises:
+            ValueError: a start for dense layers. (``gaussian`` starts as ``kaiming`` does here.)
+
         >>> from mindpet.delta.lora import LoRAConfig
         >>> layer = LoRAEmbedding.from_embedding(nn.Embedding(10, 4), LoRAConfig(rank=2))
         >>> layer(Tensor([[1, 2, 3]])).shape
         (1, 3, 4)
         """
+        random_start(config, cls.__name__)
         layer = cls.__new__(cls)
         nn.Cell.__init__(layer)
         layer.embedding_table = embedding.embedding_table

@@ -31,7 +31,8 @@ class DeltaConfig:
 
     Attributes:
         targets: patterns (``fnmatch``) on the paths of the cells to adapt, or ``"all-linear"``; None takes the
-            method's usual ones for the networks in `mindpet.models`. An entry may be a type of Cell instead.
+            method's usual ones for the networks in `mindpet.models`. An entry may be a type of Cell instead. Of a
+            method that only selects parameters: the cells whose own parameters it may select; None takes all.
         exclude: patterns on the paths of cells to leave alone although `targets` matches them.
         layers: numbers of the layers to adapt (the first number in a path), or None for all.
         modules_to_save: cells, a new head for instance, that are trained and saved whole: patterns on their paths or
@@ -46,9 +47,9 @@ class DeltaConfig:
     def __post_init__(self):
         owner = type(self).__name__
         for name in ("exclude", "modules_to_save"):
-            object.__setattr__(self, name, _patterns(owner, name, getattr(self, name)))
+            object.__setattr__(self, name, patterns_of(owner, name, getattr(self, name)))
         if self.targets is not None and self.targets != "all-linear":
-            object.__setattr__(self, "targets", _patterns(owner, "targets", self.targets, (str, type)))
+            object.__setattr__(self, "targets", patterns_of(owner, "targets", self.targets, (str, type)))
             if not self.targets:
                 raise ValueError(
                     f"For '{owner}', 'targets' must name a cell at least, but got an empty list: leave it out for the "
@@ -70,6 +71,10 @@ class DeltaConfig:
     def patterns(self) -> tuple[str, ...]:
         """Further patterns on the paths of adapted cells, each of which must match one."""
         return ()
+
+    def stored(self) -> "Self":
+        """What a saved delta keeps of it; methods that read other files to begin with leave those out."""
+        return self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +112,7 @@ class RankedConfig(DeltaConfig):
         return (*self.rank_pattern, *self.alpha_pattern)
 
 
-def _patterns(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:
+def patterns_of(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:
     """One pattern, or a sequence of them, as a tuple."""
     entries = (value,) if isinstance(value, kinds) else value
     if not isinstance(entries, (list, tuple)) or not all(isinstance(entry, kinds) for entry in entries):
@@ -121,6 +126,7 @@ def same_configuration(here: Any, there: Any, tensors: dict[str, Any]) -> dict[s
     Raises:
         ValueError: the two compute differently.
     """
+    here, there = here.stored(), there.stored()
     harmless = ("targets", "exclude", "layers", "modules_to_save", "dropout")
     differ = [
         f"{entry.name} was {getattr(there, entry.name)!r} and is {getattr(here, entry.name)!r} here"
@@ -145,6 +151,14 @@ class PeftNames:
         free: keys that are of no importance to a trained adapter: how it is started, trained, saved.
         turned: those of the tensors that are transposed there.
         shared: names of tensors that all modules share, without a path before them, to the parameter's name here.
+        modules: key that lists modules, or ends of their paths, to the attribute of the configuration here: patterns,
+            which at the path of one that it does not mean are none.
+        selected: for a method that only selects parameters: what there stands between the path of a module that it
+            trains and the names of the module's own tensors.
+        lacks: keys of other methods that this one's configuration does not have there.
+        unpack: for tensors that are stored in another shape there: ``unpack(content, tensors)`` gives them as they are
+            here, by the same names.
+        pack: the reverse, ``pack(content, tensors)``, which also puts into the configuration what it takes to read them.
     """
 
     kind: str
@@ -154,6 +168,11 @@ class PeftNames:
     free: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, str] = field(default_factory=dict)
+    selected: str = ""
+    lacks: tuple[str, ...] = ()
+    unpack: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
+    pack: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +195,9 @@ class Method:
         norm_trainable: attributes of LayerNorm that it trains too, when asked to include norms.
         fit: turns the tensors of a delta made with another configuration of the method into those for this one:
             ``fit(here, there, tensors)``. What it cannot turn, it leaves, and loading reports it.
+        rate: factor of the learning rate of a parameter: ``rate(config, name)``. None where it is 1 for all.
+        optimizer: puts an optimizer of its own around another: ``optimizer(other, cells, config, steps)``, with the
+            adapted cells by path and the number of steps to come. None where any will do.
         peft: how PEFT writes it, if PEFT has it and the layout is a tensor for a parameter. (LoRA and the prefix
             methods have readers of their own in `mindpet.interop`.)
     """
@@ -192,4 +214,6 @@ class Method:
     aliases: tuple[str, ...] = ()
     norm_trainable: tuple[str, ...] = ()
     fit: Callable[[Any, Any, dict[str, Any]], dict[str, Any]] = same_configuration
+    rate: Callable[[Any, str], float] | None = None
+    optimizer: Callable[[nn.Optimizer, Mapping[str, Any], Any, int], nn.Optimizer] | None = None
     peft: PeftNames | None = None

@@ -39,10 +39,11 @@ class PrefixConfig(DeltaConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        _checks.boolean("PrefixConfig", "projection", self.projection)
+        owner = type(self).__name__
+        _checks.boolean(owner, "projection", self.projection)
         for name in ("tokens", "embed_dim", "mid_dim"):
-            _checks.positive_int("PrefixConfig", name, getattr(self, name))
-        _checks.rate("PrefixConfig", "dropout", self.dropout, allow_int=True)
+            _checks.positive_int(owner, name, getattr(self, name))
+        _checks.rate(owner, "dropout", self.dropout, allow_int=True)
 
 
 class PrefixLayer(nn.Cell):

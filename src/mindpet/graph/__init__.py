@@ -7,6 +7,7 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.inject import disable, eject, inject, replace_cell, target_report
 from mindpet.graph.merge import merge, merge_and_eject, unmerge
 from mindpet.graph.mixed import MixedDeltas
+from mindpet.graph.optimizers import parameter_groups, wrap_optimizer
 from mindpet.graph.targets import find_targets
 
 __all__ = [
@@ -25,9 +26,11 @@ __all__ = [
     "loaded_deltas",
     "merge",
     "merge_and_eject",
+    "parameter_groups",
     "replace_cell",
     "save_delta",
     "target_report",
     "unmerge",
     "use",
+    "wrap_optimizer",
 ]

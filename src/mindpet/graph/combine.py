@@ -9,9 +9,12 @@ import numpy as np
 
 from mindpet import _checks
 from mindpet.delta.lora import LoRAConfig
+from mindpet.delta.qlora import QLoRAConfig
+from mindpet.delta.registry import method_of
 from mindpet.graph.deltas import DeltaFileError, read_delta, write_delta
 
 _A, _B = ".mindpet_delta_lora_a", ".mindpet_delta_lora_b"
+_A0, _B0 = ".mindpet_delta_start_lora_a", ".mindpet_delta_start_lora_b"
 METHODS = ("linear", "concatenation", "svd", "ties", "dare")
 
 
@@ -49,7 +52,8 @@ def combine(
         seed: of ``dare``.
 
     Raises:
-        DeltaFileError: a source is broken, is not of LoRA alone, or adapts other layers than the first.
+        DeltaFileError: a source is broken, is not of LoRA alone, adapts other layers than the first, or belongs to
+            weights that were quantised otherwise.
         ValueError: an unknown method, weights that do not go with the sources, a negative weight for ``linear``, ranks
             that differ for ``linear``, a density outside (0, 1].
     """
@@ -72,7 +76,8 @@ def combine(
         raise ValueError(f"'density' must be in (0, 1], but got {density}.")
     read = [_lora(source) for source in sources]
     description, first, tensors = read[0]
-    for source, (about, _, others) in zip(sources[1:], read[1:]):
+    for source, (about, config, others) in zip(sources[1:], read[1:]):
+        _require_same_weights(first, config, f"{source} does not go with {sources[0]}")
         if any(about.get(key) != description.get(key) for key in ("base", "base_hash")):
             raise DeltaFileError(f"{source} is of another base network than {sources[0]}.")
         if others.keys() != tensors.keys():
@@ -92,20 +97,45 @@ def combine(
         made[path + _A], made[path + _B], ranks[path] = a.astype(np.float32), b.astype(np.float32), len(a)
     widest = max(ranks.values())
     pattern = {path: size for path, size in ranks.items() if size != widest}
-    config = dataclasses.replace(  # the scale is in the numbers already
-        first, rank=widest, alpha=widest, rank_stabilised=False, rank_pattern=pattern, alpha_pattern=pattern
+    config = dataclasses.replace(  # the scale is in the numbers already, and a start too
+        first,
+        rank=widest,
+        alpha=widest,
+        rank_stabilised=False,
+        start="kaiming",
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
     )
+    _require_same_weights(config, first, "The new delta would be of another rank")
     about = {**description, "parameters": sorted(made)}
-    write_delta(target, {**about, "methods": [{"method": "lora", **dataclasses.asdict(config)}]}, made)
+    write_delta(target, {**about, "methods": [{"method": method_of(config).name, **dataclasses.asdict(config)}]}, made)
 
 
 def _lora(source: str | Path) -> tuple[dict[str, Any], LoRAConfig, dict[str, np.ndarray]]:
     description, configs, tensors = read_delta(source)
     if len(configs) != 1 or not isinstance(configs[0], LoRAConfig):
         raise DeltaFileError(f"{source} is not a delta of LoRA alone.")
+    if not any(name.endswith(_A) for name in tensors):
+        raise DeltaFileError(f"{source} is of {method_of(configs[0]).name}: only LoRA is combined.")
     if any(name.endswith(_A) and tensors[name].ndim != 2 for name in tensors):
         raise DeltaFileError(f"{source} adapts convolutions, which are not combined.")
+    for name in [name for name in tensors if name.endswith(_A0)]:  # it moved away from A0 and B0: a plain one of 2 r
+        path = name.removesuffix(_A0)
+        tensors[path + _A] = np.concatenate([tensors[path + _A], tensors.pop(name)])
+        tensors[path + _B] = np.concatenate([tensors[path + _B], tensors.pop(path + _B0)], axis=1)
     return description, configs[0], tensors
+
+
+def _require_same_weights(here: LoRAConfig, there: LoRAConfig, otherwise: str) -> None:
+    """Deltas of quantised weights belong to those."""
+    if not (isinstance(here, QLoRAConfig) and isinstance(there, QLoRAConfig)):
+        if isinstance(here, QLoRAConfig) or isinstance(there, QLoRAConfig):
+            raise DeltaFileError(f"{otherwise}: only one of them is of quantised weights.")
+        return
+    try:
+        method_of(here).fit(here, there, {})
+    except ValueError as error:
+        raise DeltaFileError(f"{otherwise}: {error}.") from error
 
 
 def _scale(config: LoRAConfig, path: str) -> float:

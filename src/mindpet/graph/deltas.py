@@ -13,10 +13,20 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, load_checkpoint, nn
 
-from mindpet import _checks, _files
+from mindpet import _checks, _compat, _files
+from mindpet.delta.blockwise import digest_of
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_named, method_of
-from mindpet.graph.inject import MARKER, Injection, eject, inject, injections, require_in_place
+from mindpet.graph.inject import (
+    MARKER,
+    Injection,
+    eject,
+    injections,
+    let_go,
+    put_in,
+    quantised_cells,
+    require_in_place,
+)
 
 FORMAT = 1
 OURS = "mindpet_"  # in the names of all parameters that are no part of the base
@@ -47,16 +57,19 @@ def save_delta(network: nn.Cell, directory: str | Path, hash_weights: bool = Fal
         raise ValueError("Nothing in this network trains, so there is no delta to save.")
     methods = []
     for one in injections(network):
-        entry = {"method": method_of(one.config).name, **dataclasses.asdict(one.config)}
+        entry = {"method": method_of(one.config).name, **dataclasses.asdict(one.config.stored())}
         methods.append({**entry, "targets": list(one.adapted), "exclude": [], "layers": None} if one.adapted else entry)
-    base = _base_of(network)
+    base, quantised = _base_of(network), quantised_cells(network)
+    digests = {name: cell.base_digest for name, cell in quantised.items()}
     description = {
         "format": FORMAT,
         "methods": methods,
         "parameters": sorted(tensors),
-        "base": {name: list(parameter.shape) for name, parameter in base.items()},
-        "base_hash": _hash_of(base) if hash_weights else None,
+        "base": {name: list(shape) for name, shape in _shapes_of(base, quantised).items()},
+        "base_hash": _hash_of(base, digests) if hash_weights else None,
     }
+    if quantised:
+        description["quantised"] = sorted(quantised)
     write_delta(directory, description, tensors)
 
 
@@ -79,7 +92,7 @@ def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig]
         DeltaFileError: a file is missing or broken.
     """
     path = Path(directory) / "delta.safetensors"
-    tensors, metadata = _read_tensors(path)
+    tensors, metadata = _files.read_tensors(path, DeltaFileError)
     try:
         description = json.loads(metadata["delta"])
         methods = description["methods"]
@@ -128,7 +141,7 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
     if not present:
         try:
             for config in configs:
-                inject(network, config)
+                put_in(network, config)
         except (ValueError, TypeError) as error:
             if injections(network):
                 eject(network)
@@ -154,6 +167,7 @@ def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -
     if misfits and not present and injections(network):
         eject(network)
     _require(misfits, directory)
+    let_go(network)  # not before: now it stays in
     return _keep(network, name, tensors)
 
 
@@ -189,7 +203,7 @@ def _keep(network: nn.Cell, name: str, tensors: dict[str, np.ndarray]) -> nn.Cel
     parameters = {parameter.name: parameter for parameter in network.get_parameters()}
     for parameter_name, value in tensors.items():
         parameter = parameters[parameter_name]
-        parameter.set_data(Tensor(np.ascontiguousarray(value)).astype(parameter.dtype))
+        _compat.set_value(parameter, Tensor(np.ascontiguousarray(value)))
     return network
 
 
@@ -238,11 +252,9 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
     if not isinstance(recorded, dict):
         return []
     trained = set(description.get("parameters", ()))
-    here = {
-        parameter.name: list(parameter.shape)
-        for parameter in network.get_parameters()
-        if OURS not in parameter.name and parameter.name not in trained
-    }
+    base = {p.name: p for p in network.get_parameters() if OURS not in p.name and p.name not in trained}
+    cells = quantised_cells(network)
+    here = {name: list(shape) for name, shape in _shapes_of(base, cells).items()}
     problems = [f"the base it was trained on had {name}" for name in recorded if name not in here]
     problems += [f"the base it was trained on had no {name}" for name in here if name not in recorded]
     problems += [
@@ -250,9 +262,14 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
         for name, shape in here.items()
         if name in recorded and recorded[name] != shape
     ]
-    if not problems and description.get("base_hash"):
-        base = {p.name: p for p in network.get_parameters() if p.name in recorded}
-        if _hash_of(base) != description["base_hash"]:
+    quantised = description.get("quantised", ())
+    if not problems and description.get("base_hash") and set(cells) <= set(quantised):  # else they cannot be compared
+        digests = {name: cell.base_digest for name, cell in cells.items()}
+        for name in quantised:
+            if name in base:  # it is not quantised here, or not yet
+                digests[name] = digest_of(base[name].asnumpy())
+        present = {name: parameter for name, parameter in base.items() if name in recorded and name not in digests}
+        if _hash_of(present, digests) != description["base_hash"]:
             problems.append("the base has the same shapes but other weights than the one it was trained on")
     return problems
 
@@ -262,11 +279,18 @@ def _base_of(network: nn.Cell) -> dict[str, Parameter]:
     return {p.name: p for p in network.get_parameters() if id(p) not in delta and OURS not in p.name}
 
 
-def _hash_of(parameters: dict[str, Parameter]) -> str:
+def _shapes_of(base: dict[str, Parameter], quantised: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of all weights of the base, those that are quantised among them."""
+    return {name: tuple(p.shape) for name, p in base.items()} | {n: cell.base_shape for n, cell in quantised.items()}
+
+
+def _hash_of(parameters: dict[str, Parameter], digests: dict[str, str]) -> str:
+    """Of the weights of a base; of those that are quantised, the digests of what they were."""
     digest = hashlib.sha256()
-    for name in sorted(parameters):
+    for name in sorted([*parameters, *digests]):
         digest.update(name.encode())
-        digest.update(np.ascontiguousarray(parameters[name].asnumpy()).tobytes())
+        known = digests.get(name)
+        digest.update(known.encode() if known else np.ascontiguousarray(parameters[name].asnumpy()).tobytes())
     return digest.hexdigest()
 
 
@@ -281,18 +305,6 @@ def _config_of(entry: dict[str, Any], path: Path) -> DeltaConfig:
         return method_named(entry.pop("method", "")).config(**entry)
     except (TypeError, ValueError) as error:
         raise DeltaFileError(f"{path}: {error}") from error
-
-
-def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise DeltaFileError(f"There is no file {path}.")
-    try:
-        with safe_open(path, framework="np") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise DeltaFileError(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def _read_checkpoint(path: Path) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@
 import difflib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -126,14 +126,21 @@ def freeze_from_config(model: nn.Cell, config_path: str) -> None:
     freeze_modules(model, include or None, exclude or None)
 
 
-def train_only(model: nn.Cell, methods: Sequence[Method], also: Sequence[str] = (), include_norm: bool = False) -> None:
-    """Leave trainable what `methods` train and what lies below the cells that `also` matches; freeze the rest.
+def train_only(
+    model: nn.Cell,
+    methods: Sequence[Method],
+    also: Sequence[str] = (),
+    include_norm: bool = False,
+    parameters: Collection[int] = (),
+) -> None:
+    """Leave trainable what `methods` train, what lies below the cells that `also` matches, and the parameters of the
+    ids `parameters`; freeze the rest.
 
     Raises:
         ValueError: a method, or an entry of `also`, matches nothing here. Nothing is changed then.
     """
     names = names_of_parameters(model)
-    chosen: set[int] = set()
+    chosen: set[int] = set(parameters)
     for method in methods:
         ids = {id(parameter) for parameter, known in names if _matches(known, method.trainable)}
         if include_norm:

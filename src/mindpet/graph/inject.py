@@ -1,9 +1,12 @@
 """Put a method into a network that nobody edits, and take it out again."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -11,7 +14,7 @@ from mindspore import Parameter, Tensor, nn
 from mindpet import _checks, _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_of
-from mindpet.graph.freeze_utils import parameters_below, train_only
+from mindpet.graph.freeze_utils import names_of_parameters, parameters_below, train_only
 from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_paths
 
 # attributes of a network
@@ -19,6 +22,7 @@ _RECORD = "mindpet_injections"  # what was injected
 MERGED = "mindpet_merged"  # what is folded into weights now
 SUSPENDED = "mindpet_suspended"  # what holds the adapted cells out of the network now
 MARKER = "mindpet_delta_"  # in the name of every parameter that a method adds
+QUANTISED = "mindpet_base_"  # in the name of every parameter that a quantised weight is kept in
 
 
 @dataclass
@@ -118,8 +122,9 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
 def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     """Adapt the targeted cells in place and freeze everything else.
 
-    The weights of the network are shared, not copied, and its base checkpoints still load. A second call adds another
-    method; what the first one trains goes on training.
+    The weights of the network are shared, not copied, and its base checkpoints still load. (A method that quantises
+    weights replaces them for good: load the base first.) A second call adds another method; what the first one trains
+    goes on training.
 
     Args:
         network: the network to tune.
@@ -131,16 +136,24 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
     Raises:
         TypeError: `network` is not a Cell, `config` is not a method's configuration.
         ValueError: a target matches nothing, a target is adapted already, no targets are given for a network that the
-            method's usual ones do not fit, nothing is left to train. The network is unchanged then.
+            method's usual ones do not fit, nothing is left to train; a weight that is to be quantised is used by other
+            cells or is in `modules_to_save`, too. The network is unchanged then.
 
     >>> from mindpet.delta import LoRAConfig
     >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["*"]))
     >>> [parameter.name for parameter in network.trainable_params()]
     ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
     """
+    put_in(network, config)
+    let_go(network)
+    return network
+
+
+def put_in(network: nn.Cell, config: DeltaConfig) -> None:
+    """:func:`inject`, but weights that have been quantised are still there: :func:`eject` undoes it exactly."""
     require_in_place("inject", network)
     method = method_of(config)
-    parameters_below(network, config.modules_to_save)  # a miss is found before anything changes
+    whole = parameters_below(network, config.modules_to_save)  # a miss is found before anything changes
     before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
     injection = Injection(config, trainable=before)
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
@@ -155,6 +168,11 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
             made[id(cell)] = make(cell, config.at(path), *shared)
             _compat.copy_recompute(cell, made[id(cell)])
         injection.originals[path], injection.adapted[path] = cell, made[id(cell)]
+    users = owners(network)
+    for path, cell in injection.adapted.items():
+        if hasattr(cell, "let_go") and (users[id(cell.base_weight)] > 1 or id(cell.base_weight) in whole):
+            why = "other cells use it, too" if users[id(cell.base_weight)] > 1 else "'modules_to_save' trains it"
+            raise ValueError(f"The weight of the cell at {path!r} cannot be quantised, since {why}: exclude the cell.")
     replace_cells(network, injection.adapted)
     everything = [*injections(network), injection]
     try:
@@ -167,14 +185,33 @@ def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:
         (p, p.asnumpy().copy()) for p in network.trainable_params() if id(p) in old and MARKER not in p.name
     ]
     vars(network)[_RECORD] = everything
-    return network
+
+
+def let_go(network: nn.Cell) -> None:
+    """Free the memory of weights that adapted cells keep in another form."""
+    for cell in quantised_cells(network).values():
+        cell.let_go()
+
+
+def quantised_cells(network: nn.Cell) -> dict[str, Any]:
+    """The adapted cells that keep a weight in another form, by the name of the weight."""
+    adapted = [cell for injection in injections(network) for cell in injection.adapted.values()]
+    return {cell.base_weight.name: cell for cell in adapted if hasattr(cell, "let_go")}
+
+
+def count_parameters(network: nn.Cell) -> int:
+    """How many numbers a network has; a quantised weight counts as the weight that it stands for."""
+    own = sum(parameter.size for parameter in network.get_parameters() if QUANTISED not in parameter.name)
+    cells = {id(cell): cell for _, cell in network.cells_and_names()}
+    return own + sum(math.prod(cell.base_shape) for cell in cells.values() if hasattr(cell, "base_shape"))
 
 
 def eject(network: nn.Cell) -> nn.Cell:
     """Take out everything that :func:`inject` put in: cells, values of heads and biases, what trains.
 
     Returns:
-        The same network, as it was before the first call.
+        The same network, as it was before the first call; but weights that were quantised have the values that
+        quantisation left them.
 
     Raises:
         ValueError: nothing was injected.
@@ -182,6 +219,8 @@ def eject(network: nn.Cell) -> nn.Cell:
     require_in_place("eject", network)
     if not injections(network):
         raise ValueError(f"Nothing was injected into this {type(network).__name__}.")
+    for cell in quantised_cells(network).values():
+        cell.take_back()
     for injection in reversed(injections(network)):
         replace_cells(network, injection.originals)
         for parameter, value in injection.values:
@@ -194,7 +233,8 @@ def eject(network: nn.Cell) -> nn.Cell:
 def disable(network: nn.Cell) -> Iterator[nn.Cell]:
     """Within the block the network computes what it did before anything was injected.
 
-    In graph mode the first call inside the block, and the first after it, compile.
+    In graph mode the first call inside the block, and the first after it, compile. Weights that were quantised are
+    there again within the block, with the values that quantisation left them.
 
     >>> from mindspore import ops
     >>> from mindpet.delta import LoRAConfig
@@ -206,6 +246,8 @@ def disable(network: nn.Cell) -> Iterator[nn.Cell]:
     require_in_place("disable", network)
     everything = injections(network)
     tuned = [(parameter, parameter.asnumpy().copy()) for one in everything for parameter, _ in one.values]
+    for cell in quantised_cells(network).values():
+        cell.take_back()
     for injection in reversed(everything):
         replace_cells(network, injection.originals)
         for parameter, value in injection.values:
@@ -217,6 +259,7 @@ def disable(network: nn.Cell) -> Iterator[nn.Cell]:
         vars(network).pop(SUSPENDED)
         for injection in everything:
             replace_cells(network, injection.adapted)
+        let_go(network)
         for parameter, value in tuned:
             parameter.set_data(Tensor(value))
 
@@ -235,6 +278,12 @@ def forget_injections(network: nn.Cell) -> None:
     vars(network).pop("mindpet_deltas", None)
 
 
+def owners(network: nn.Cell) -> Counter:
+    """How many cells hold each parameter themselves."""
+    cells = {id(cell): cell for cell in (network, *cells_by_path(network).values())}
+    return Counter(id(p) for cell in cells.values() for p in _compat.own_parameters(cell).values())
+
+
 def is_adapted(cell: nn.Cell) -> bool:
     """Whether a method has put trainable parameters of its own into this Cell."""
     return any(MARKER in name for name, _ in cell.parameters_and_names())
@@ -242,9 +291,52 @@ def is_adapted(cell: nn.Cell) -> bool:
 
 def _choose_trainable(network: nn.Cell, everything: list[Injection]) -> None:
     configs = [injection.config for injection in everything]
+    selected = [ids for config in configs if (ids := _selected(network, config)) is not None]
     train_only(
         network,
-        [method_of(config) for config in configs],
+        [method_of(config) for config in configs if not _selects_some(config)],
         tuple(dict.fromkeys(pattern for config in configs for pattern in config.modules_to_save)),
         include_norm=any(getattr(config, "include_norm", False) for config in configs),
+        parameters=set().union(*selected, *(_biases(network, injection) for injection in everything)),
     )
+
+
+def _selects_some(config: DeltaConfig) -> bool:
+    """Whether a method that only selects parameters is to do so in some cells alone."""
+    limited = config.targets is not None or config.exclude or config.layers is not None
+    return not method_of(config).adapt and bool(limited)
+
+
+def _selected(network: nn.Cell, config: DeltaConfig) -> set[int] | None:
+    """What such a method selects: the parameters of the cells that it is limited to."""
+    if not _selects_some(config):
+        return None
+    method = method_of(config)
+    patterns = config.targets if config.targets is not None else ["*"]
+    report = find_targets(network, patterns, (nn.Cell,), config.exclude, config.layers, method.linear)
+    own = {id(p) for cell in report.require_all().matched.values() for p in _compat.own_parameters(cell).values()}
+    found = {
+        id(parameter)
+        for parameter, known in names_of_parameters(network)
+        if id(parameter) in own and any(fnmatchcase(name, one) for name in known for one in method.trainable)
+    }
+    if not found:
+        raise _checks.NothingFitsError(
+            f"None of the cells that 'targets', 'exclude' and 'layers' leave has a parameter of the method "
+            f"'{method.name}' (its names match {', '.join(method.trainable)})."
+        )
+    return found
+
+
+def _biases(network: nn.Cell, injection: Injection) -> set[int]:
+    """The biases that train beside the method: what the `bias` of its configuration says, if it has one."""
+    which = getattr(injection.config, "bias", "none")
+    if which == "lora_only":
+        biases = [getattr(cell, "bias", None) for cell in injection.adapted.values()]
+        return {id(bias) for bias in biases if isinstance(bias, Parameter)}
+    names = names_of_parameters(network) if which == "all" else []
+    return {  # beta is the bias of a norm
+        id(parameter)
+        for parameter, known in names
+        if any(name.rpartition(".")[2] in ("bias", "beta") and MARKER not in name for name in known)
+    }

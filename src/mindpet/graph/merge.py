@@ -1,13 +1,20 @@
 """Fold a delta into the weights beside it, and take it out again."""
 
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat
-from mindpet.graph.inject import MERGED, SUSPENDED, forget_injections, injections, replace_cells, require_in_place
+from mindpet.graph.inject import (
+    MERGED,
+    SUSPENDED,
+    forget_injections,
+    injections,
+    owners,
+    replace_cells,
+    require_in_place,
+)
 from mindpet.graph.targets import cells_by_path
 
 
@@ -17,13 +24,11 @@ class Merged:
 
     Attributes:
         adapted: the Cell with the delta, not in the network now.
-        weight: the parameter that holds the sum now.
-        base: what it held before, bit for bit.
+        base: the parameters that hold sums now, its weight and its bias, and what they held before, bit for bit.
     """
 
     adapted: nn.Cell
-    weight: Parameter
-    base: np.ndarray
+    base: list[tuple[Parameter, np.ndarray]]
 
 
 def merge(network: nn.Cell) -> nn.Cell:
@@ -49,30 +54,32 @@ def merge(network: nn.Cell) -> nn.Cell:
     ]
     if not adapted:
         raise ValueError(f"Nothing in this {type(network).__name__} can be merged: no cell of it is adapted.")
-    owners = _owners(network)
+    users = owners(network)
     known = {path: cell for one in injections(network) for path, cell in one.originals.items()}
     sums: dict[int, np.ndarray] = {}
     for path, cell in adapted.items():
-        if not hasattr(cell, "delta_weight"):
-            continue
-        weight = cell.base_weight
-        if owners[id(weight)] > 1:
-            problems.append(f"{path}: other cells use its weight {weight.name} too, and would change with it")
-            continue
-        total = weight.asnumpy().astype(np.float32) + cell.delta_weight().asnumpy().astype(np.float32)
-        with np.errstate(over="ignore"):
-            sums[id(cell)] = total.astype(weight.asnumpy().dtype)
-        if not np.isfinite(sums[id(cell)]).all():
-            problems.append(f"{path}: the sum would hold NaN or infinity")
+        for base, delta in _parts(cell):
+            if users[id(base)] > 1:
+                what = "bias" if base is getattr(cell, "bias", None) else "weight"
+                problems.append(f"{path}: other cells use its {what} {base.name} too, and would change with it")
+                continue
+            quantised = base is cell.base_weight and hasattr(cell, "base_value")
+            value = cell.base_value() if quantised else base.asnumpy()
+            total = value.astype(np.float32) + delta.asnumpy().astype(np.float32)
+            with np.errstate(over="ignore"):
+                sums[id(base)] = total.astype(base.asnumpy().dtype)
+            if not np.isfinite(sums[id(base)]).all():
+                problems.append(f"{path}: the sum would hold NaN or infinity")
     if problems:
         raise ValueError("Nothing was merged:\n  " + "\n  ".join(problems))
     merged, plain = {}, {}
     for path, cell in adapted.items():
-        merged[path] = Merged(cell, cell.base_weight, cell.base_weight.asnumpy().copy())
+        merged[path] = Merged(cell, [(base, base.asnumpy().copy()) for base, _ in _parts(cell)])
         plain[path] = known[path] if path in known else cell.plain()  # by hand, only dense layers are made
         _compat.copy_recompute(cell, plain[path])
     for one in merged.values():
-        one.weight.set_data(Tensor(sums[id(one.adapted)]))
+        for parameter, _ in one.base:
+            parameter.set_data(Tensor(sums[id(parameter)]), slice_shape=True)  # a quantised weight is empty until now
     replace_cells(network, plain)
     vars(network)[MERGED] = merged
     return network
@@ -94,7 +101,8 @@ def unmerge(network: nn.Cell) -> nn.Cell:
     if not merged:
         raise ValueError(f"Nothing in this {type(network).__name__} is merged.")
     for one in merged.values():
-        one.weight.set_data(Tensor(one.base))
+        for parameter, value in one.base:
+            parameter.set_data(Tensor(value), slice_shape=True)
     replace_cells(network, {path: one.adapted for path, one in merged.items()})
     vars(network).pop(MERGED)
     return network
@@ -131,7 +139,9 @@ def _adapted_cells(network: nn.Cell) -> dict[str, nn.Cell]:
     return found
 
 
-def _owners(network: nn.Cell) -> Counter:
-    """How many cells hold each parameter themselves."""
-    cells = {id(cell): cell for cell in (network, *cells_by_path(network).values())}
-    return Counter(id(p) for cell in cells.values() for p in _compat.own_parameters(cell).values())
+def _parts(cell: nn.Cell) -> list[tuple[Parameter, Tensor]]:
+    """The parameters of the base that a delta is added to, and what is added: to the weight, and maybe to the bias."""
+    if not hasattr(cell, "delta_weight"):
+        return []
+    bias = cell.delta_bias() if hasattr(cell, "delta_bias") else None
+    return [(cell.base_weight, cell.delta_weight()), *([] if bias is None else [(cell.bias, bias)])]

@@ -143,6 +143,8 @@ class MixedDeltas:
 
     def _bank(self, path: str, cell: nn.Cell) -> nn.Cell:
         if type(cell) is LoRADense:
+            if any(f"{path}.bias" in tensors for tensors in self.deltas.values()):
+                raise ValueError(f"{path} has a bias that trains: rows can only be mixed for LoRA with bias='none'.")
             a, b = (self._stack(f"{path}.mindpet_delta_lora_{letter}", None) for letter in "ab")
             bank = _LoRABank.borrow(cell.plain())
             bank.fill(cell, a, b, self.rows)
@@ -159,7 +161,8 @@ class MixedDeltas:
 
     def _stack(self, name: str, present: Parameter | None) -> np.ndarray:
         """The numbers of that parameter in each delta, and the base's: those before the injection, or zeros."""
-        values = [tensors[name] for tensors in self.deltas.values()]
         if present is None:
+            values = [tensors[name] for tensors in self.deltas.values()]
             return np.stack([*values, np.zeros_like(values[0])])
-        return np.stack([*values, self.base.get(name, present.asnumpy())])
+        base = self.base.get(name, present.asnumpy())  # of a weight as well of which only the bias trains
+        return np.stack([*(tensors.get(name, base) for tensors in self.deltas.values()), base])

@@ -1,9 +1,10 @@
 """Adapter directories of Hugging Face PEFT, read and written without torch.
 
 A directory has ``adapter_config.json`` (:mod:`~mindpet.interop.peft_config`) and ``adapter_model.safetensors``: LoRA
-(:mod:`~mindpet.interop.peft_lora`), prefix tuning (:mod:`~mindpet.interop.peft_prefix`), or a method whose record says
-how PEFT writes it (:mod:`~mindpet.interop.peft_methods`); together with modules that were trained whole, under the
-names that they have in the base model.
+(:mod:`~mindpet.interop.peft_lora`), prefix tuning (:mod:`~mindpet.interop.peft_prefix`), virtual tokens
+(:mod:`~mindpet.interop.peft_prompts`), or a method whose record says how PEFT writes it
+(:mod:`~mindpet.interop.peft_methods`); together with modules that were trained whole, under the names that they have in
+the base model.
 """
 
 from pathlib import Path
@@ -12,16 +13,18 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindpet import _checks, _files
-from mindpet.delta.registry import METHODS
+from mindpet.delta.registry import METHODS, method_of
 from mindpet.graph.freeze_utils import names_of_parameters
 from mindpet.graph.inject import eject, inject, injections
 from mindpet.graph.merge import merged_cells
 from mindpet.graph.targets import cells_by_path
 from mindpet.interop.peft_config import config_problems
-from mindpet.interop.peft_lora import read_lora, write_lora
+from mindpet.interop.peft_lora import WRITTEN, read_lora, write_lora
 from mindpet.interop.peft_methods import method_of_kind, misfits, read_method, write_method
 from mindpet.interop.peft_modules import Modules, Names
 from mindpet.interop.peft_prefix import read_prefix, write_prefix
+from mindpet.interop.peft_prompts import KINDS as PROMPTS
+from mindpet.interop.peft_prompts import read_prompts, write_prompts
 from mindpet.models.causal import CausalLanguageModel
 from mindpet.models.loading import PretrainedFilesError, read_safetensors
 
@@ -36,8 +39,9 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
     """Inject what a directory of PEFT holds, and set the numbers. It can be used and trained on from there.
 
     The targets are the modules that the file has tensors for. Numbers are converted to the dtype of the network's
-    parameters. Prefix tuning becomes P-tuning v2 without a projection; through a projection that PEFT trained with,
-    training cannot go on, since only its output is saved.
+    parameters. Prefix tuning becomes P-tuning v2 without a projection, and P-tuning becomes prompt tuning; through a
+    projection or an encoder that PEFT trained with, training cannot go on, since only its output is saved. A multitask
+    prompt runs its first task.
 
     Args:
         network: the base network, untouched.
@@ -51,9 +55,9 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
     Raises:
         TypeError: `network` is not a Cell.
         ValueError: something was injected into `network` already.
-        PeftFormatError: a file is missing or broken; a key changes the mathematics in a way that is not here (DoRA and
-            others) or is unknown and not empty; tensors are missing, unexpected or misshaped. All problems are in one
-            message, and the network is unchanged.
+        PeftFormatError: a file is missing or broken; a key changes the mathematics in a way that is not here (a bias on
+            B and others) or is unknown and not empty; tensors are missing, unexpected or misshaped. All problems are in
+            one message, and the network is unchanged.
     """
     _checks.cell("load_peft", "network", network)
     if injections(network) or merged_cells(network):
@@ -69,7 +73,7 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
     if method is not None:
         config, values = read_method(method, content, tensors, modules, problems)
     else:
-        read = read_lora if content["peft_type"] == "LORA" else read_prefix
+        read = {"LORA": read_lora, "PREFIX_TUNING": read_prefix}.get(content["peft_type"], read_prompts)
         config, values = read(content, tensors, modules, problems)
     if problems or config is None:
         raise _misfit(directory, problems)
@@ -98,16 +102,17 @@ def save_peft(
     """Write what was injected and trained as a directory that PEFT loads.
 
     LoRA, and each other method that PEFT has, is written as it is, together with the biases and the modules that train
-    whole. Prefix-Tuning and P-Tuning v2 are written as the table of their prompts, with no projection. Both files
-    appear whole; ``adapter_config.json`` comes last.
+    whole; LoRA-FA and QLoRA as the LoRA that they are. Prefix-Tuning and P-Tuning v2 are written as the table of their
+    prompts, with no projection, and P-tuning without its encoder. Both files appear whole;
+    ``adapter_config.json`` comes last.
 
     Args:
-        network: with LoRA layers, or a filled prefix slot.
+        network: with LoRA layers, for instance, or a filled slot for a prefix or for prompts.
         directory: made if it is not there.
         base_model: name or path of the base model, for ``base_model_name_or_path``.
-        task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"`` and so on. PEFT needs one for a prefix, so None there
-            means ``"SEQ_CLS"`` if a ``classifier`` or a ``score`` trains; and it always means ``"CAUSAL_LM"`` for a
-            causal language model of `mindpet.models`.
+        task_type: ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"CAUSAL_LM"`` and so on. PEFT needs one for a prefix or
+            for virtual tokens, so None there means ``"SEQ_CLS"`` if a ``classifier`` or a ``score`` trains; and it
+            always means ``"CAUSAL_LM"`` for a causal language model of `mindpet.models`.
         names: as in :func:`load_peft`.
 
     Raises:
@@ -130,22 +135,27 @@ def save_peft(
     modules = Modules.of(network, names)
     problems: list[str] = []
     methods = {one.delta_method for one in cells_by_path(network).values() if hasattr(one, "delta_method")}
-    if methods == {"lora"}:
+    selecting = [method_of(one.config) for one in injections(network)]
+    methods |= {one.name for one in selecting if not one.adapt and one.peft is not None}
+    if methods and (methods <= {"lora", "lora_fa", "qlora"} or methods == {"dora"}):
         content, tensors = write_lora(network, modules, problems)
     elif methods and methods <= {"prefix", "ptuning2"}:
         content, tensors = write_prefix(modules, problems)
+    elif len(methods) == 1 and methods <= {filled.delta_method for filled in PROMPTS.values()}:
+        content, tensors = write_prompts(modules, problems)
     elif len(methods) == 1 and METHODS[next(iter(methods))].peft is not None:
         content, tensors = write_method(METHODS[methods.pop()], network, modules, problems)
     else:
         there = " and ".join(sorted(methods)) or "nothing"
+        known = [*WRITTEN, *(one.name for one in METHODS.values() if one.peft is not None)]
         raise PeftFormatError(
             f"A directory of PEFT holds one of its methods, but this network has {there}: of those here, PEFT has "
-            f"lora, {', '.join(one.name for one in METHODS.values() if one.peft is not None)} and the prefix methods."
+            f"{', '.join(known)}, the prefix and the prompt methods."
         )
     if problems:
         raise PeftFormatError("This network cannot be saved for PEFT:\n  " + "\n  ".join(problems))
-    heads = {"classifier", "score"} & set(content["modules_to_save"] or ())
-    if task_type is None and content["peft_type"] == "PREFIX_TUNING" and heads:
+    heads = {"classifier", "score"} & set(content.get("modules_to_save") or ())
+    if task_type is None and content["peft_type"] in ("PREFIX_TUNING", *PROMPTS) and heads:
         task_type = "SEQ_CLS"
     if task_type is None and isinstance(network, CausalLanguageModel):
         task_type = "CAUSAL_LM"

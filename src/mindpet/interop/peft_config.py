@@ -20,16 +20,25 @@ _COMMON = """
 _LORA = """
     alpha_pattern bias corda_config eva_config exclude_modules fan_in_fan_out layers_pattern layers_to_transform
     loftq_config lora_alpha lora_dropout lora_ga_config megatron_config megatron_core merge_weights qalora_group_size r
-    rank_pattern runtime_config target_modules use_rslora velora_config
+    rank_pattern runtime_config target_modules use_dora use_rslora velora_config
 """
 _PREFIX = """
     encoder_hidden_size init_weights num_attention_heads num_layers num_virtual_tokens prefix_projection token_dim
 """
+_PROMPT = """
+    encoder_dropout encoder_hidden_size encoder_num_layers encoder_reparameterization_type init_weights
+    num_attention_heads num_layers num_ranks num_tasks num_virtual_tokens prompt_tuning_init
+    prompt_tuning_init_state_dict_path prompt_tuning_init_task prompt_tuning_init_text token_dim tokenizer_kwargs
+    tokenizer_name_or_path
+"""
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _TARGETS = """
     alpha_pattern bias exclude_modules fan_in_fan_out layers_pattern layers_to_transform rank_pattern target_modules
 """
 _FREE = set((_COMMON + _TARGETS).split())
 _FREE_OF = {"LORA": set((_COMMON + _LORA).split()), "PREFIX_TUNING": set((_COMMON + _PREFIX).split())}
+_FREE_OF |= {kind: set((_COMMON + _PROMPT).split()) for kind in _PROMPTS}
+_BEFORE_TOKENS = ("PREFIX_TUNING", *_PROMPTS)  # virtual ones, of a network and not of its modules
 # Another computation unless the value is empty or false: what it would be.
 _REFUSED_OF = {
     "LORA": {
@@ -44,7 +53,6 @@ _REFUSED_OF = {
         "target_parameters": "LoRA on parameters that belong to no linear module",
         "trainable_token_indices": "single trained rows of an embedding",
         "use_bdlora": "block-diagonal A and B",
-        "use_dora": "DoRA, which scales every row of the weight to a trained magnitude",
         "use_qalora": "QALoRA, which pools the inputs in groups",
     },
     "PREFIX_TUNING": {},
@@ -55,8 +63,8 @@ _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weig
 def config_problems(config: Mapping[str, Any]) -> list[str]:
     """What in a configuration cannot be honoured, one line each; harmless keys that are not known are logged.
 
-    >>> config_problems({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "use_dora": True})
-    ['use_dora is True: that is DoRA, which scales every row of the weight to a trained magnitude, and is not here']
+    >>> config_problems({"peft_type": "LORA", "r": 8, "lora_alpha": 8, "lora_bias": True})
+    ['lora_bias is True: that is a bias on B, and is not here']
     """
     kind = config.get("peft_type")
     names = {one.peft.kind: one.peft for one in METHODS.values() if one.peft is not None}
@@ -64,7 +72,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         return [f"peft_type is {_checks.shown(kind)}, but only {', '.join([*_FREE_OF, *names])} are read here"]
     problems, refused = [], _REFUSED_OF.get(kind, {})
     own = names.get(kind)
-    free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free}
+    free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free, *own.modules}
     for key, value in config.items():
         if key in free:
             continue
@@ -78,9 +86,9 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
                     f"{key} is {_short(value)}: the adapter belongs to a base weight changed at the start, which is "
                     "not in the directory; PEFT converts it (save_pretrained, path_initial_model_for_weight_conversion)"
                 )
-        elif key == "num_transformer_submodules" and kind == "PREFIX_TUNING":
+        elif key == "num_transformer_submodules" and kind in _BEFORE_TOKENS:
             if value not in (None, 1):
-                problems.append(f"{key} is {value!r}: a prefix for encoder and decoder is not here")
+                problems.append(f"{key} is {value!r}: virtual tokens for encoder and decoder are not here")
         elif key in refused:
             if value:
                 problems.append(f"{key} is {_short(value)}: that is {refused[key]}, and is not here")
@@ -90,7 +98,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is unknown here, so its value {_checks.shown(value)} may change the outputs")
     if kind == "LORA":
         problems += [f"{key} is missing" for key in ("r", "lora_alpha") if config.get(key) is None]
-    if kind != "PREFIX_TUNING":
+    if kind not in _BEFORE_TOKENS:
         problems += _target_problems(config)
     return problems
 
@@ -177,6 +185,15 @@ def promised(
     if extra:
         _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
     return [f"missing in the file: {method} of {module}" for module in cells if module in named - set(found)]
+
+
+def ends_with(entries: str | list[str] | None, path: str) -> bool:
+    """Whether a further list of modules means this one: by an end of its path, at a dot or not; a string is a regular
+    expression for the whole of it.
+    """
+    if isinstance(entries, str):
+        return re.fullmatch(entries, path) is not None
+    return any(path.endswith(entry) for entry in entries or ())
 
 
 def saved_whole(config: Mapping[str, Any], path: str) -> bool:

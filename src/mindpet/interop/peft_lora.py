@@ -1,21 +1,29 @@
-"""LoRA in PEFT's format: tensors ``base_model.model.<module>.<part>``.
+"""LoRA, DoRA and LoRA-FA in PEFT's format: tensors ``base_model.model.<module>.<part>``.
 
 The parts are ``lora_A.weight`` (rank, in) and ``lora_B.weight`` (out, rank), for a convolution (rank, in, kernel) and
 (out, rank, 1), for an embedding ``lora_embedding_A`` (rank, vocabulary) and ``lora_embedding_B`` (dim, rank). The
-branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``.
+branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_rslora``. With ``use_dora`` there is
+``lora_magnitude_vector`` (out,) as well. LoRA-FA is a way to train a LoRA and written as one. LoRA that started at a
+part of the weight is written as one of twice the rank, which computes the same.
 """
 
+import math
 import re
 from collections import Counter
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from mindspore import Parameter, nn
 
 from mindpet import _checks
-from mindpet.delta.lora import METHOD, LoRAConfig
-from mindpet.delta.method import DeltaConfig
-from mindpet.graph.inject import MARKER, injections
+from mindpet.delta.dora import METHOD as DORA
+from mindpet.delta.dora import DoRAConfig
+from mindpet.delta.lora import METHOD as LORA
+from mindpet.delta.lora import LoRAConfig, LoRAStartDense
+from mindpet.delta.method import DeltaConfig, Method
+from mindpet.graph.inject import injections
 from mindpet.interop import peft_config
 from mindpet.interop.peft_modules import (
     Modules,
@@ -29,26 +37,31 @@ from mindpet.interop.peft_modules import (
     without_marks,
 )
 
+WRITTEN = ("lora", "lora_fa", "qlora", "dora")
 _LORA_PREFIX = "base_model.model."
-_LORA_TENSOR = re.compile(r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B)")
+_LORA_TENSOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A\.weight|lora_B\.weight|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+)
 
 
 def read_lora(
     content: dict[str, Any], tensors: dict[str, np.ndarray], modules: Modules, problems: list[str]
 ) -> tuple[DeltaConfig | None, dict[str, np.ndarray]]:
     """The configuration, and the value of every parameter by its path after the injection."""
+    method, called = (DORA, "DoRA") if content.get("use_dora") else (LORA, "LoRA")
     pairs, whole = _sorted_out(tensors, problems)
     values: dict[str, np.ndarray] = {}
     ranks, alphas = {}, {}
     for module, parts in pairs.items():
         path, cell = modules.cells.get(module, ("", None))
-        if not isinstance(cell, tuple(METHOD.adapt)):
-            what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for LoRA"
+        if not isinstance(cell, tuple(method.adapt)):
+            what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for {called}"
+            what += ", which adapts dense layers" if cell is not None and method is DORA else ""
             problems.append(f"unexpected in the file: {module} is {what}{_checks.near(module, modules.cells)}")
             continue
         ranks[path] = peft_config.at_end(content.get("rank_pattern"), module, content["r"])
         alphas[path] = peft_config.at_end(content.get("alpha_pattern"), module, content["lora_alpha"])
-        shapes = _lora_shapes(cell, ranks[path])
+        shapes = _lora_shapes(cell, ranks[path], method)
         problems += [f"unexpected in the file: {module}.{part}" for part in parts if part not in shapes]
         for part, (here, shape) in shapes.items():
             if part not in parts:
@@ -61,13 +74,14 @@ def read_lora(
         if path in kept and np.array_equal(kept[path], parameter.asnumpy()):
             del kept[path]
     values.update(kept)
-    problems += peft_config.promised(content, pairs, modules.cells, tuple(METHOD.adapt), "LoRA") + missing_whole(
-        content, whole, pairs, modules
-    )
+    problems += peft_config.promised(content, pairs, modules.cells, tuple(method.adapt), called)
+    problems += missing_whole(content, whole, pairs, modules)
     if not pairs:
-        problems.append("there is no LoRA tensor in the file")
+        problems.append(f"there is no {called} tensor in the file")
+    bias = content.get("bias") or "none"
+    kind: type[LoRAConfig] = DoRAConfig if method is DORA else LoRAConfig
     try:
-        return LoRAConfig(
+        return kind(
             rank=content["r"],
             alpha=content["lora_alpha"],
             dropout=content.get("lora_dropout") or 0.0,
@@ -75,7 +89,8 @@ def read_lora(
             rank_pattern={path: rank for path, rank in ranks.items() if rank != content["r"]},
             alpha_pattern={path: alpha for path, alpha in alphas.items() if alpha != content["lora_alpha"]},
             targets=tuple(ranks) or None,  # of no tensor at all the problems tell
-            modules_to_save=tuple(path for path in values if MARKER not in path),
+            bias=bias,
+            modules_to_save=tuple(path for path in kept if not _trains_as_bias(path, bias, ranks)),
         ), values
     except (TypeError, ValueError) as error:
         problems.append(str(error))
@@ -99,11 +114,16 @@ def _sorted_out(
     return pairs, whole
 
 
+def _trains_as_bias(path: str, bias: str, adapted: Collection[str]) -> bool:
+    cell, _, last = path.rpartition(".")
+    return last in ("bias", "beta") and (bias == "all" or (bias == "lora_only" and cell in adapted))
+
+
 def _base_weight(cell: nn.Cell) -> Parameter:
     return cell.embedding_table if isinstance(cell, nn.Embedding) else cell.weight
 
 
-def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _lora_shapes(cell: nn.Cell, rank: int, method: Method) -> dict[str, tuple[str, tuple[int, ...]]]:
     """PEFT's name of each LoRA tensor of a cell to the parameter's name here and the shape there."""
     first, second, *kernel = shape_there(cell, _base_weight(cell).shape)
     if isinstance(cell, nn.Embedding):  # the table is (vocabulary, dim)
@@ -111,10 +131,33 @@ def _lora_shapes(cell: nn.Cell, rank: int) -> dict[str, tuple[str, tuple[int, ..
             "lora_embedding_A": ("mindpet_delta_lora_a", (rank, first)),
             "lora_embedding_B": ("mindpet_delta_lora_b", (second, rank)),
         }
+    name = f"mindpet_delta_{method.name}"
     return {
-        "lora_A.weight": ("mindpet_delta_lora_a", (rank, second, *kernel)),
-        "lora_B.weight": ("mindpet_delta_lora_b", (first, rank, *(1 for _ in kernel))),
+        "lora_A.weight": (f"{name}_a", (rank, second, *kernel)),
+        "lora_B.weight": (f"{name}_b", (first, rank, *(1 for _ in kernel))),
+        **({"lora_magnitude_vector": (f"{name}_magnitude", (first,))} if method is DORA else {}),
     }
+
+
+def _lora_tensors(cell: nn.Cell) -> dict[str, np.ndarray]:
+    """PEFT's name of each LoRA tensor of an adapted cell to its numbers."""
+    dense = isinstance(cell, nn.Dense)
+    a, b = cell.factors() if dense else (cell.mindpet_delta_lora_a, cell.mindpet_delta_lora_b)
+    names = "lora_embedding_A lora_embedding_B" if isinstance(cell, nn.Embedding) else "lora_A.weight lora_B.weight"
+    tensors = dict(zip(names.split(), (a, b)))
+    if cell.delta_method == "dora":
+        tensors["lora_magnitude_vector"] = cell.mindpet_delta_dora_magnitude
+    return {part: as_array(cell, value) for part, value in tensors.items()}
+
+
+def _as_written(cell: nn.Cell, config: LoRAConfig) -> LoRAConfig:
+    """The configuration of the branch that stands in the file: of twice the rank and the same scale, where A0 and B0
+    go into it.
+    """
+    if not isinstance(cell, LoRAStartDense):
+        return config
+    more = math.sqrt(2) if config.rank_stabilised else 2
+    return replace(config, rank=2 * config.rank, alpha=more * config.alpha, start="kaiming")
 
 
 def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -125,16 +168,16 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         for path in one.adapted
         if isinstance(one.config, LoRAConfig)
     }
-    adapted = {m: at for m, at in modules.cells.items() if getattr(at[1], "delta_method", None) == "lora"}
+    adapted = {m: at for m, at in modules.cells.items() if getattr(at[1], "delta_method", None) in WRITTEN}
     configs = {
-        module: injected.get(path) or LoRAConfig(rank=cell.lora_rank, alpha=cell.lora_alpha)
+        module: _as_written(cell, injected.get(path) or LoRAConfig(rank=cell.lora_rank, alpha=cell.lora_alpha))
         for module, (path, cell) in adapted.items()
     }
     bias, saved, kept = trained_whole(modules, adapted, problems)
     tensors = {
-        f"{_LORA_PREFIX}{module}.{part}": as_array(cell, getattr(cell, here))
+        f"{_LORA_PREFIX}{module}.{part}": value
         for module, (_, cell) in adapted.items()
-        for part, (here, _) in _lora_shapes(cell, 1).items()
+        for part, value in _lora_tensors(cell).items()
     }
     for name, value in kept.items():
         module, _, last = name.rpartition(".")
@@ -154,7 +197,7 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         "modules_to_save": saved or None,
         "bias": bias,
         "use_rslora": stabilised,
-        "use_dora": False,
+        "use_dora": any(cell.delta_method == "dora" for _, cell in adapted.values()),
         "fan_in_fan_out": any(f"{module}.weight" in modules.transposed for module in adapted),
         "init_lora_weights": True,
         "layers_to_transform": None,

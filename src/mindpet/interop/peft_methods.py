@@ -1,5 +1,6 @@
 """The methods whose record says how PEFT writes them: a tensor ``base_model.model.<module>.<part>`` a parameter."""
 
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,10 @@ def read_method(
     Which parameters there are, and their shapes, shows when it is injected.
     """
     names = _names(method)
+    if names.selected:
+        return _read_selected(method, content, tensors, modules, problems)
+    if names.unpack is not None:
+        tensors = names.unpack(content, tensors)
     parts, whole, shared = _sorted_out(names, tensors, problems)
     values: dict[str, np.ndarray] = {}
     targets: dict[str, str] = {}  # path here to module
@@ -51,14 +56,20 @@ def read_method(
         for part, value in found.items():
             values[f"{path}.{names.tensors[part]}"] = value.T if part in names.turned else value
     if targets:
-        values |= {f"{next(iter(targets))}.{names.shared[part]}": value for part, value in shared.items()}
+        first = next(path for module, (path, _) in modules.cells.items() if targets.get(path) == module)
+        values |= {f"{first}.{names.shared[part]}": value for part, value in shared.items()}
     else:
         problems.append(f"there is no tensor of {method.name} in the file")
+    if content.get("save_projection") is not False:  # else they are what the seed gives
+        problems += [f"missing in the file: {part}" for part in names.shared if part not in shared]
     kept = read_whole(whole, modules, problems, bool(content.get("fan_in_fan_out")))
     values |= kept
     problems += peft_config.promised(content, parts, modules.cells, tuple(method.adapt), method.name)
     problems += missing_whole(content, whole, parts, modules)
     options = {ours: content[key] for key, ours in names.options.items() if content.get(key) is not None}
+    for key, ours in names.modules.items():
+        ends = content.get(key)
+        options[ours] = tuple(path for path, module in targets.items() if peft_config.ends_with(ends, module))
     for option in ("rank", "alpha") if issubclass(method.config, RankedConfig) else ():
         table = content.get(f"{option}_pattern")
         there = {path: peft_config.at_end(table, module, None) for path, module in targets.items()}
@@ -90,7 +101,7 @@ def misfits(network: nn.Cell, method: Method, values: dict[str, np.ndarray]) -> 
     return problems + [
         f"missing in the file: {names.get(path.rpartition('.')[2], path)} of {path.rpartition('.')[0]}"
         for path in parameters
-        if path not in values
+        if path not in values and path.rpartition(".")[2] not in _names(method).shared.values()
     ]
 
 
@@ -99,6 +110,8 @@ def write_method(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration and the tensors of every injected layer."""
     names = _names(method)
+    if names.selected:
+        return _write_selected(method, modules, problems)
     own = [one for one in injections(network) if isinstance(one.config, method.config)]
     configs = {path: one.config.at(path) for one in own for path in one.adapted}
     adapted = {m: at for m, at in modules.cells.items() if getattr(at[1], "delta_method", None) == method.name}
@@ -115,6 +128,9 @@ def write_method(
                 tensors[f"{_MODEL}{module}.{part}"] = value.T if part in names.turned else value
         for part, ours in names.shared.items():
             tensors.setdefault(f"{_SHARED}{part}", as_array(cell, getattr(cell, ours)))
+    for ours in names.shared.values():
+        if len({id(getattr(cell, ours)) for _, cell in adapted.values()}) > 1:
+            problems.append(f"{ours} is not one and the same for all layers, as it is in PEFT: inject them in one call")
     for name, value in kept.items():
         module, _, last = name.rpartition(".")
         tensors[f"{_MODEL}{module}{'.base_layer' if module in adapted else ''}.{last}"] = value
@@ -131,17 +147,80 @@ def write_method(
         "target_modules": module_targets(list(adapted), modules),
         "modules_to_save": saved or None,
     }
+    for key, ours in names.modules.items():
+        chosen = [module for module, (path, _) in adapted.items() if getattr(configs[path], ours)]
+        content[key] = _ends_of(chosen, content["target_modules"])
+        if {m for m in adapted if peft_config.ends_with(content[key], m)} != set(chosen):
+            content["target_modules"], content[key] = list(adapted), chosen
     if bias != "none":
         content["bias"] = bias
+    for key in names.lacks:
+        if key in content and (value := content.pop(key)) is not None:
+            problems.append(f"{key} would be {value}, and PEFT's {names.kind} has none")
     for option in ranked:
         here = {module: getattr(configs[path], option) for module, (path, _) in adapted.items()}
         content[f"{option}_pattern"] = peft_config.shortest_pattern(here, getattr(first, option))
+    if names.pack is not None:
+        tensors = names.pack(content, tensors)
     return content, tensors
 
 
 def _names(method: Method) -> PeftNames:
     assert method.peft is not None  # only such methods come here
     return method.peft
+
+
+def _read_selected(
+    method: Method, content: dict[str, Any], tensors: dict[str, np.ndarray], modules: Modules, problems: list[str]
+) -> tuple[DeltaConfig | None, dict[str, np.ndarray]]:
+    """As :func:`read_method`, for a method that trains parameters of the network: they are in the file whole."""
+    mark = f".{_names(method).selected}."
+    chosen = {key.removeprefix(_MODEL).replace(mark, "."): value for key, value in tensors.items() if mark in key}
+    others = {key: value for key, value in tensors.items() if mark not in key}
+    _, whole, _ = _sorted_out(_names(method), others, problems)
+    found = {name.rpartition(".")[0] for name in chosen}
+    for name, (path, _) in modules.parameters.items():
+        if name in chosen and not _trains(method, path):
+            problems.append(f"unexpected in the file: {name} is not for {method.name}")
+        elif name not in chosen and name.rpartition(".")[0] in found:
+            problems.append(f"missing in the file: {name}")
+    if not chosen:
+        problems.append(f"there is no tensor of {method.name} in the file")
+    values, kept = read_whole(chosen, modules, problems), read_whole(whole, modules, problems)
+    problems += peft_config.promised(content, found, modules.cells, (nn.Cell,), method.name)
+    problems += missing_whole(content, whole, found, modules)
+    targets = tuple(dict.fromkeys(path.rpartition(".")[0] for path in values))
+    return method.config(targets=targets or None, modules_to_save=tuple(kept)), values | kept
+
+
+def _write_selected(
+    method: Method, modules: Modules, problems: list[str]
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """As :func:`write_method`, for such a method: the modules all of whose own parameters it trains, whole."""
+    bias, saved, kept = trained_whole(modules, (), problems)
+    others = {name.rpartition(".")[0] for name, (path, _) in modules.parameters.items() if not _trains(method, path)}
+    chosen = [module for module in saved if module not in others]
+    if bias != "none":
+        problems.append(f"biases train beside {method.name}, which PEFT's has no place for")
+    tensors = {}
+    for name, value in kept.items():
+        module, _, last = name.rpartition(".")
+        tensors[f"{_MODEL}{module}.{_names(method).selected + '.' if module in chosen else ''}{last}"] = value
+    content = {
+        "peft_type": _names(method).kind,
+        "target_modules": module_targets(chosen, modules),
+        "modules_to_save": [module for module in saved if module not in chosen] or None,
+    }
+    return content, tensors
+
+
+def _trains(method: Method, path: str) -> bool:
+    return any(fnmatchcase(path, pattern) for pattern in method.trainable)
+
+
+def _ends_of(chosen: list[str], entries: list[str]) -> list[str]:
+    """Those of the entries, ends of paths of modules, that mean one of these modules."""
+    return [entry for entry in entries if any(peft_config.ends_with([entry], module) for module in chosen)]
 
 
 def _sorted_out(
@@ -158,6 +237,8 @@ def _sorted_out(
             shared[key.removeprefix(_SHARED)] = value
         elif name == key:
             problems.append(f"unexpected in the file: {key}")
+        elif name.rpartition(".")[2] in names.shared:  # a copy beside a module, which PEFT has of some
+            shared.setdefault(name.rpartition(".")[2], value)
         elif part is not None:
             parts.setdefault(name.removesuffix(f".{part}"), {})[part] = value
         else:

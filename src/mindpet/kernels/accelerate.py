@@ -18,6 +18,7 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "rms_norm": cells.FastRMSNorm,
     "gated_silu": cells.FastGatedSiLU,
     "cross_entropy": cells.FastCrossEntropy,
+    "quantised_product": cells.FastQuantisedProduct,
 }
 
 
@@ -43,7 +44,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
       takes it only under :class:`mindpet.train.dropout.DropoutKeys`, as in a run;
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
-    - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative.
+    - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
+    - ``"quantised_product"``: as :class:`mindpet.delta.blockwise.QuantisedProduct`, with its `form`.
 
     Args:
         network: any Cell, a loss around a network too.

@@ -19,8 +19,8 @@ from pathlib import Path
 from mindpet import _compat, _files
 
 _log = logging.getLogger("mindpet")
-_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "dense.cpp"))
-_HEADER = Path(__file__).with_name("common.h")
+_SOURCES = tuple(Path(__file__).with_name(name) for name in ("rows.cpp", "attention.cpp", "dense.cpp", "quantised.cpp"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "product.h"))
 # NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wl,-z,nodelete"),
@@ -113,7 +113,7 @@ def _compiler() -> list[str]:
 
 def _digest(compiler: list[str]) -> str:
     digest = hashlib.sha256()
-    for file in (_HEADER, *_SOURCES):
+    for file in (*_HEADERS, *_SOURCES):
         digest.update(file.read_bytes() + b"\0")
     for text in (_run([*compiler, "--version"]), repr(compiler), repr((_FLAGS, _MACHINE_FLAGS)), _processor()):
         digest.update(b"\0" + text.encode())

@@ -108,6 +108,19 @@ class FastMatMul(Fast, nn.Cell):
         return self.original(x, weight)
 
 
+class FastQuantisedProduct(Fast, nn.Cell):
+    """x W^T of a weight that is kept as codes: `construct` takes (x, codes, absmax, scales, offset)."""
+
+    def __init__(self, original: Any):
+        super().__init__()
+        self.fast, self.original = operators.QuantisedProduct(original.form), original
+
+    def construct(self, x, codes, absmax, scales, offset):
+        if self.takes(x) and len(x.shape) == 2:
+            return self.fast(x, codes, absmax, scales, offset)
+        return self.original(x, codes, absmax, scales, offset)
+
+
 def is_plain_attention(cell: Any) -> bool:
     """Whether a kernel may stand for the whole of it: a usual dropout and softmax, which nobody watches or casts."""
     usual = type(cell.dropout) is nn.Dropout and cell.dropout.p is not None

@@ -251,10 +251,12 @@ struct Call {
             if (std::strcmp(dtypes[index], index == integers ? "int32" : "float32") != 0) return false;
         return true;
     }
-    bool are(const char *letters) const {  // f for a float32, i for an int32, one for each parameter
+    bool are(const char *letters) const {  // f for a float32, i for an int32, u for a uint8, one for each parameter
         if (count != static_cast<int>(std::strlen(letters))) return false;
-        for (int index = 0; index < count; ++index)
-            if (std::strcmp(dtypes[index], letters[index] == 'i' ? "int32" : "float32") != 0) return false;
+        for (int index = 0; index < count; ++index) {
+            const char *name = letters[index] == 'i' ? "int32" : letters[index] == 'u' ? "uint8" : "float32";
+            if (std::strcmp(dtypes[index], name) != 0) return false;
+        }
         return true;
     }
     float *operator[](int index) const { return static_cast<float *>(params[index]); }

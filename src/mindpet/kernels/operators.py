@@ -9,6 +9,7 @@ from typing import Any
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mindpet.delta.blockwise import DYNAMIC, Form
 from mindpet.kernels.build import library
 
 
@@ -178,6 +179,28 @@ class Product(nn.Cell):
 
     def bprop(self, x, weight, out, dout):
         return self.backward(dout, weight), self.backward_weight(dout, x)
+
+
+class QuantisedProduct(nn.Cell):
+    """x W^T of a weight that is kept as codes: ``(rows, in)``, then what `mindpet.delta.blockwise` keeps of it.
+
+    No gradient goes to the codes, and the weight is not kept for the gradient of x.
+    """
+
+    def __init__(self, form: Form):
+        super().__init__(auto_prefix=False)
+        out, into = form.shape
+        self.tables = Tensor(form.table), Tensor(DYNAMIC), Tensor([out, into, form.block_size], mstype.int32)
+        self.forward = Kernel("quantised_forward", lambda x, *rest: [x[0], out])
+        self.backward = Kernel("quantised_backward", lambda dy, *rest: [dy[0], into])
+
+    def construct(self, x, codes, absmax, scales, offset):
+        return self.forward(x, codes, absmax, scales, offset, *self.tables)
+
+    def bprop(self, x, codes, absmax, scales, offset, out, dout):
+        slope = self.backward(dout, codes, absmax, scales, offset, *self.tables)
+        rest = ops.zeros_like(codes), ops.zeros_like(absmax), ops.zeros_like(scales), ops.zeros_like(offset)
+        return slope, *rest
 
 
 class Attention(nn.Cell):

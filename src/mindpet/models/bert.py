@@ -17,6 +17,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindpet import _checks, _files
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot, before_rows, ones_before
 from mindpet.models.attention import DotProductAttention, attend
 from mindpet.models.loading import LoadReport, Outline, PretrainedFilesError, load_tensors, require_outline
 
@@ -101,7 +102,8 @@ class BertConfig:
 class BertEmbeddings(nn.Cell):
     """Word, position and segment embeddings, summed and normalised: ``(batch, seq)`` to ``(batch * seq, hidden)``.
 
-    The first token has the position `start`.
+    The first token has the position `start`. Virtual tokens `prompts`, ``(tokens, hidden)``, go before those of every
+    sample: they are of type 0, and what comes out is ``(batch * (tokens + seq), hidden)``.
     """
 
     def __init__(self, config: BertConfig):
@@ -116,11 +118,17 @@ class BertEmbeddings(nn.Cell):
         self.LayerNorm = nn.LayerNorm((config.hidden_size,), epsilon=config.layer_norm_eps)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
 
-    def construct(self, input_ids, token_type_ids, start=0):
-        seq = input_ids.shape[1]
-        if start + seq > self.positions:
-            raise ValueError(f"{seq} tokens after a prefix of {start} are more than the {self.positions} positions.")
-        total = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids)  # (batch, seq, hidden)
+    def construct(self, input_ids, token_type_ids, start=0, prompts=None):
+        seq, virtual = input_ids.shape[1], 0 if prompts is None else prompts.shape[0]
+        before = start + virtual
+        if before + seq > self.positions:
+            raise ValueError(f"{seq} tokens after a prefix of {before} are more than the {self.positions} positions.")
+        words = self.word_embeddings(input_ids)  # (batch, seq, hidden)
+        if prompts is not None:
+            words = before_rows(prompts, words)
+            token_type_ids = ops.concat((ops.zeros((words.shape[0], virtual), token_type_ids.dtype), token_type_ids), 1)
+            seq = virtual + seq
+        total = words + self.token_type_embeddings(token_type_ids)  # (batch, seq, hidden)
         total = total + self.position_embeddings(ops.arange(start, start + seq))
         rows = total.reshape((-1, total.shape[-1]))  # (batch * seq, hidden)
         return self.dropout(self.LayerNorm(rows))
@@ -236,7 +244,8 @@ class BertModel(nn.Cell):
     """The encoder without a head.
 
     Shapes: `input_ids`, `attention_mask` (1 for a token, 0 for padding) and `token_type_ids` are ``(batch, seq)``; it
-    returns the last layer ``(batch, seq, hidden)`` and the pooled first position ``(batch, hidden)``.
+    returns the last layer ``(batch, seq, hidden)`` and the pooled first position ``(batch, hidden)``, which is a
+    virtual token where there are some in its slot for prompt methods.
     """
 
     def __init__(self, config: BertConfig):
@@ -244,17 +253,24 @@ class BertModel(nn.Cell):
         self.embeddings = BertEmbeddings(config)
         self.encoder = BertEncoder(config)
         self.pooler = BertPooler(config)
+        self.prompts = PromptSlot(self.embeddings.word_embeddings)
         self.hidden_size = config.hidden_size
 
     def construct(self, input_ids, attention_mask, token_type_ids):
-        batch, seq = input_ids.shape
+        batch = input_ids.shape[0]
         pairs = self.encoder.prefix()
         start = pairs[0][0].shape[0] if len(pairs) > 0 else 0  # as in the original, a prefix takes the first positions
-        rows = self.embeddings(input_ids, token_type_ids, start)
+        prompts = self.prompts()
+        rows = self.embeddings(input_ids, token_type_ids, start, prompts)
+        if prompts is not None:
+            attention_mask = ones_before(attention_mask, prompts.shape[0])
         hidden_from = -1e9 if rows.dtype == mstype.float32 else -3e4
-        mask = (1.0 - attention_mask.astype(rows.dtype)).reshape((batch, 1, 1, seq)) * hidden_from
+        mask = (1.0 - attention_mask.astype(rows.dtype)).reshape((batch, 1, 1, -1)) * hidden_from
         rows = self.encoder(rows, mask, pairs)
-        return rows.reshape((batch, seq, self.hidden_size)), self.pooler(rows, batch)
+        layer = rows.reshape((batch, -1, self.hidden_size))  # (batch, seq, hidden), virtual tokens among them
+        if prompts is not None:
+            layer = layer[:, prompts.shape[0] :]
+        return layer, self.pooler(rows, batch)
 
 
 class BertForSequenceClassification(nn.Cell):

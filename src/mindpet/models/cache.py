@@ -28,7 +28,8 @@ class KeyValueCache:
 
     Attributes:
         batch: rows.
-        lengths: tokens of each row so far, those of the prefix included. Lowering an entry forgets the last tokens.
+        lengths: tokens of each row so far, those of the prefix and virtual ones included. Lowering an entry forgets the
+            last tokens.
         capacity: slots of each row, one of which is for padding.
     """
 
@@ -41,12 +42,23 @@ class KeyValueCache:
         self._network = network
         self.capacity = 0
         self.buffers: tuple[Parameter, ...] = ()
-        self.reserve(tokens + length)
+        self.reserve(tokens + network.prompt_slot.tokens + length)
         parts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
         for index, part in enumerate(parts):
             rows = self._by_head(self.buffers[index])
             rows[:, :, :tokens] = part.transpose(1, 0, 2)
             self.buffers[index].set_data(Tensor(rows.reshape(self.buffers[index].shape)))
+        self._take_in_virtual(network.prompt_slot.tokens)
+
+    def _take_in_virtual(self, count: int) -> None:
+        """The virtual tokens of the network go first, without dropout."""
+        if not count:
+            return
+        ids, training = np.tile(-1 - np.arange(count), (self.batch, 1)), self._network.training
+        try:
+            advance(self._network.set_train(False), ids, None, self)
+        finally:
+            self._network.set_train(training)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens, prefix included.

@@ -2,6 +2,7 @@
 
 A network has ``(batch * seq, hidden)`` rows between its embedding and its head, as BERT here does. What an attention
 layer is given besides is its `extra`: nothing, the (key, value) of a prefix, or the (keys, values, slots) of a cache.
+The virtual tokens of a prompt have ids too, -1, -2 and so on, and are tokens like others from the embedding on.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal
 
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.cache import KeyValueCache, Step, advance
 from mindpet.models.loading import LoadReport, PretrainedFilesError, load_tensors, require_outline
 
@@ -25,8 +27,8 @@ class CausalLanguageModel(nn.Cell):
 
     ``network(input_ids, attention_mask)`` returns logits ``(batch, seq, vocabulary)``. Both inputs are int32
     ``(batch, seq)``. `attention_mask` holds the number of each token's segment, 0 for padding, on either side. A token
-    sees itself, the earlier tokens of its segment, and the prefix where there is one. Positions count from the
-    beginning of each segment, after the prefix.
+    sees itself, the earlier tokens of its segment, and the prefix or the virtual tokens where there are some. Positions
+    count from the beginning of each segment, after those.
     """
 
     base_prefix = ""  # the beginning of the names of everything but the head
@@ -68,8 +70,8 @@ class CausalLanguageModel(nn.Cell):
     def new_cache(self, batch: int, length: int) -> KeyValueCache:
         """An empty cache for `batch` rows of about `length` tokens, prompt and continuation together.
 
-        The prefix of the network, where there is one, is in it already. It grows when more tokens come; each size is
-        compiled once in graph mode.
+        The prefix of the network and its virtual tokens, where there are some, are in it already. It grows when more
+        tokens come; each size is compiled once in graph mode.
 
         Raises:
             ValueError: more tokens than the network has positions.
@@ -104,11 +106,16 @@ class CausalLanguageModel(nn.Cell):
         """Where a prefix is, or could be; its sizes are those of all keys and values."""
         raise NotImplementedError
 
+    @property
+    def prompt_slot(self) -> PromptSlot:
+        """Where virtual tokens are, or could be."""
+        raise NotImplementedError
+
     def hidden_rows(self, input_ids, positions, hidden, extras):
         """The last layer, normalised, as rows: ids and positions ``(batch, n)`` to ``(batch * n, hidden)``.
 
         Args:
-            input_ids: tokens.
+            input_ids: tokens; virtual ones are -1, -2 and so on.
             positions: where each stands.
             hidden: 1 where a key is hidden from a token, else 0, ``(batch, 1, n, keys)``.
             extras: for each layer what :func:`mindpet.models.attention.attend` takes, or empty.
@@ -119,16 +126,25 @@ class CausalLanguageModel(nn.Cell):
         """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``."""
         raise NotImplementedError
 
-    def predict(self, input_ids, attention_mask, pairs):
-        """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none."""
+    def predict(self, input_ids, attention_mask, pairs, virtual):
+        """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none.
+
+        They are of the given tokens; so many `virtual` ones go before them.
+        """
         batch, seq = input_ids.shape
         start = pairs[0][0].shape[0] if len(pairs) > 0 else 0
-        if start + seq > self.positions:
-            raise ValueError(f"{seq} tokens after a prefix of {start} are more than the {self.positions} positions.")
+        before = start + virtual
+        if before + seq > self.positions:
+            raise ValueError(f"{seq} tokens after a prefix of {before} are more than the {self.positions} positions.")
         positions, hidden = segments(attention_mask)
+        if virtual > 0:
+            input_ids = ops.concat((virtual_ids(batch, virtual, input_ids.dtype), input_ids), 1)
+            positions, hidden = after_virtual(virtual, positions, hidden)
         if len(pairs) > 0:  # everybody sees the prefix
-            hidden = ops.concat((ops.zeros((batch, 1, seq, start), hidden.dtype), hidden), -1)
+            hidden = ops.concat((ops.zeros((batch, 1, virtual + seq, start), hidden.dtype), hidden), -1)
         rows = self.hidden_rows(input_ids, positions + start, hidden, pairs)
+        if virtual > 0:
+            rows = rows.reshape((batch, virtual + seq, -1))[:, virtual:].reshape((batch * seq, -1))
         return self.logits_of(rows).reshape((batch, seq, -1))
 
 
@@ -145,6 +161,41 @@ def segments(attention_mask):
     seen = seen * (attention_mask != 0).astype(mstype.float32).expand_dims(1)
     positions = ops.maximum(seen.sum(-1) - 1.0, 0.0).astype(mstype.int32)
     return positions, (1.0 - seen).expand_dims(1)
+
+
+def virtual_ids(batch, count, dtype):
+    """The ids of virtual tokens, (batch, count): -1, -2, ..."""
+    return ops.broadcast_to((-1 - ops.arange(count)).astype(dtype), (batch, count))
+
+
+def after_virtual(count, positions, hidden):
+    """What :func:`segments` gives, with so many virtual tokens before it: everybody sees them, they see each other.
+
+    >>> positions, hidden = after_virtual(2, *segments(Tensor([[1, 1, 2]])))
+    >>> positions.asnumpy().tolist(), hidden.asnumpy().sum(-1).tolist()
+    ([[0, 1, 2, 3, 2]], [[[4.0, 3.0, 2.0, 1.0, 2.0]]])
+    """
+    batch, _, seq, _ = hidden.shape
+    order = ops.arange(count)
+    later = ops.broadcast_to((order.expand_dims(1) < order).astype(hidden.dtype), (batch, 1, count, count))
+    first = ops.concat((later, ops.ones((batch, 1, count, seq), hidden.dtype)), -1)
+    rest = ops.concat((ops.zeros((batch, 1, seq, count), hidden.dtype), hidden), -1)
+    places = ops.broadcast_to(order.astype(positions.dtype), (batch, count))
+    return ops.concat((places, positions + count), 1), ops.concat((first, rest), 2)
+
+
+def embedded(words, ids, prompts):
+    """The embeddings of ids ``(n,)``, ``(n, hidden)``; those of -1, -2 and so on are the rows of `prompts`, if any."""
+    if prompts is None:
+        return words(ids)
+    rows = words(ops.maximum(ids, 0))  # (n, hidden)
+    virtual = ops.gather(prompts.astype(rows.dtype), ops.maximum(-1 - ids, 0), 0)  # (n, hidden)
+    return ops.where((ids < 0).expand_dims(1), virtual, rows)
+
+
+def table_of(words):
+    """The table of an embedding as a head reads it that is tied to it: with the rows that train, where some do."""
+    return words.table() if hasattr(words, "table") else words.embedding_table
 
 
 def to_add(hidden, dtype):

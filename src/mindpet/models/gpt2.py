@@ -14,8 +14,9 @@ from mindspore import nn, ops
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add
+from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -158,7 +159,7 @@ class GPT2Block(nn.Cell):
 
 
 class GPT2Model(nn.Cell):
-    """The embeddings, the layers, the last norm, and the slot for prefix methods."""
+    """The embeddings, the layers, the last norm, and the slots for prefix and prompt methods."""
 
     def __init__(self, config: GPT2Config):
         super().__init__()
@@ -169,11 +170,13 @@ class GPT2Model(nn.Cell):
         self.h = nn.CellList([GPT2Block(config) for _ in range(config.n_layer)])
         self.ln_f = nn.LayerNorm((config.n_embd,), epsilon=config.layer_norm_epsilon)
         self.prefix = PrefixSlot(config.n_layer, config.n_head, config.n_embd // config.n_head)
+        self.prompts = PromptSlot(self.wte)
         self.last = config.n_positions - 1
 
     def construct(self, input_ids, positions, hidden, extras):
         places = ops.minimum(positions, self.last).reshape(-1)  # in a cache, padding stands behind everything
-        rows = self.drop(self.wte(input_ids.reshape(-1)) + self.wpe(places))  # (batch * seq, hidden)
+        words = embedded(self.wte, input_ids.reshape(-1), self.prompts())  # (batch * seq, hidden)
+        rows = self.drop(words + self.wpe(places))
         mask = to_add(hidden, rows.dtype)
         for index in range(len(self.h)):
             rows = self.h[index](rows, mask, extras[index] if len(extras) > 0 else None)
@@ -212,14 +215,19 @@ class GPT2LMHeadModel(CausalLanguageModel):
         """At ``transformer.prefix``."""
         return self.transformer.prefix
 
+    @property
+    def prompt_slot(self) -> PromptSlot:
+        """At ``transformer.prompts``."""
+        return self.transformer.prompts
+
     def construct(self, input_ids, attention_mask):
-        return self.predict(input_ids, attention_mask, self.transformer.prefix())
+        return self.predict(input_ids, attention_mask, self.transformer.prefix(), self.transformer.prompts.tokens)
 
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.transformer(input_ids, positions, hidden, extras)
 
     def logits_of(self, rows):
-        return self.head(rows, self.transformer.wte.embedding_table) if self.tied else self.lm_head(rows)
+        return self.head(rows, table_of(self.transformer.wte)) if self.tied else self.lm_head(rows)
 
 
 def _dense(in_size: int, out_size: int, config: GPT2Config) -> nn.Dense:

@@ -15,8 +15,9 @@ from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, read_config, start_of, to_add
+from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -222,7 +223,7 @@ class LlamaDecoderLayer(nn.Cell):
 
 
 class LlamaModel(nn.Cell):
-    """The embedding, the layers, the last norm, and the slot for prefix methods."""
+    """The embedding, the layers, the last norm, and the slots for prefix and prompt methods."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
@@ -232,9 +233,10 @@ class LlamaModel(nn.Cell):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta)
         self.prefix = PrefixSlot(config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+        self.prompts = PromptSlot(self.embed_tokens)
 
     def construct(self, input_ids, positions, hidden, extras):
-        rows = self.embed_tokens(input_ids.reshape(-1))  # (batch * seq, hidden)
+        rows = embedded(self.embed_tokens, input_ids.reshape(-1), self.prompts())  # (batch * seq, hidden)
         cos, sin = self.rotary(positions, rows.dtype)
         mask = to_add(hidden, rows.dtype)
         for index in range(len(self.layers)):
@@ -272,14 +274,19 @@ class LlamaForCausalLM(CausalLanguageModel):
         """At ``model.prefix``."""
         return self.model.prefix
 
+    @property
+    def prompt_slot(self) -> PromptSlot:
+        """At ``model.prompts``."""
+        return self.model.prompts
+
     def construct(self, input_ids, attention_mask):
-        return self.predict(input_ids, attention_mask, self.model.prefix())
+        return self.predict(input_ids, attention_mask, self.model.prefix(), self.model.prompts.tokens)
 
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.model(input_ids, positions, hidden, extras)
 
     def logits_of(self, rows):
-        return self.head(rows, self.model.embed_tokens.embedding_table) if self.tied else self.lm_head(rows)
+        return self.head(rows, table_of(self.model.embed_tokens)) if self.tied else self.lm_head(rows)
 
 
 def _dense(in_size: int, out_size: int, has_bias: bool, config: LlamaConfig) -> nn.Dense:

@@ -13,7 +13,7 @@ from mindspore import nn
 from mindpet import _checks, _files
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.graph.deltas import load_delta, read_delta, save_delta
-from mindpet.graph.inject import inject, injections
+from mindpet.graph.inject import count_parameters, inject, injections
 from mindpet.graph.merge import merge_and_eject
 from mindpet.interop.hf_peft import load_peft, save_peft
 from mindpet.models.loading import save_tensors
@@ -115,7 +115,7 @@ def _describe(network: nn.Cell, method: str, dense: list[str]) -> Inspection:
         adapted=adapted,
         trained={p.name: p.size for p in trained if not any(p.name.startswith(f"{path}.") for path in adapted)},
         trainable=sum(p.size for p in trained),
-        total=sum(p.size for p in parameters),
+        total=count_parameters(network),
         bytes_of_weights=sum(p.size * p.itemsize for p in parameters),
         bytes_of_training=sum(3 * p.size * p.itemsize for p in trained),
         left=[path for path in dense if path not in adapted],

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, jit, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.graph.inject import replace_cell
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build, operators
@@ -99,7 +100,8 @@ class DropoutKeys:
 
     def __init__(self, network: nn.Cell, seed: int, batch_size: int = 1, group: Group = ALONE):
         sites = dropouts(network)
-        shared_by_all = [f"{path}." for path, cell in cells_by_path(network).items() if isinstance(cell, PrefixSlot)]
+        slots = [path for path, cell in cells_by_path(network).items() if isinstance(cell, (PrefixSlot, PromptSlot))]
+        shared_by_all = [f"{path}." for path in slots]
         part = group.part_of(batch_size)
         self.seed, self.count = seed, len(sites)
         if not sites:
@@ -109,7 +111,7 @@ class DropoutKeys:
         shared = Parameter(Tensor(words), name="mindpet_dropout_words", requires_grad=False)
         self.keys = Parameter(Tensor(self._words_for(0)), name="mindpet_dropout_keys", requires_grad=False)
         for site, (path, cell) in enumerate(sites.items()):
-            # a prefix belongs to no sample
+            # a prefix and virtual tokens belong to no sample
             place = (0, 1, 1) if path.startswith(tuple(shared_by_all)) else (group.rank, part, batch_size)
             new = ResumableDropout(_probability(cell), shared, self.keys, site, *place)
             new.set_train(cell.training)

@@ -8,7 +8,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from mindspore import Parameter, Tensor, nn
 
 from mindpet import _files
 from mindpet.graph.deltas import save_delta
+from mindpet.graph.optimizers import grouped, rate_factors, wrap_optimizer
 from mindpet.kernels import accelerate
 from mindpet.parallel.group import ALONE, Group
 from mindpet.train.config import TrainSection
@@ -114,18 +115,20 @@ def learning_rates(config: TrainSection, peak: float, total: int) -> list[float]
     return rates
 
 
-def build_optimizer(config: TrainSection, parameters: list[Parameter], rates: list[float]) -> nn.Optimizer:
-    """The optimizer of the run file; biases and norms are not decayed."""
-    plain = [p for p in parameters if p.name.endswith(("bias", "beta", "gamma"))]
-    decayed = [p for p in parameters if not p.name.endswith(("bias", "beta", "gamma"))]
+def build_optimizer(
+    config: TrainSection,
+    parameters: list[Parameter],
+    rates: list[float],
+    factors: Mapping[str, float] | None = None,
+) -> nn.Optimizer:
+    """The optimizer of the run file; biases and norms are not decayed, and `factors` of the rates are by name."""
     groups: Any = parameters
-    if config.weight_decay:
-        groups = [
-            {"params": group, "weight_decay": decay}
-            for group, decay in ((decayed, config.weight_decay), (plain, 0.0))
-            if group
-        ] + [{"order_params": parameters}]
     rate = Tensor(np.array(rates, np.float32))
+    if config.weight_decay or factors:
+        groups = [
+            {"params": group, "weight_decay": decay} | ({} if factor == 1 else {"lr": rate * factor})
+            for (factor, decay), group in grouped(parameters, factors or {}, config.weight_decay).items()
+        ] + [{"order_params": parameters}]
     if config.optimizer == "sgd":
         return nn.Momentum(groups, rate, momentum=0.9)
     if config.optimizer == "adamw":
@@ -172,7 +175,8 @@ class Fit:
         self.rates = learning_rates(config, peak_rate, self.total)
         self.keys = DropoutKeys(network, config.seed, config.batch_size, group)
         parameters = list(network.trainable_params())
-        self.optimizer = build_optimizer(config, parameters, self.rates)
+        inner = build_optimizer(config, parameters, self.rates, rate_factors(network))
+        self.optimizer = wrap_optimizer(network, inner, self.total)
         loss = accelerate(SummedLoss(network, config.r_drop_alpha))
         if config.accumulate == 1:
             self.one_step = TrainStep(loss, self.optimizer, config.clip_norm, group.size)

@@ -198,14 +198,17 @@ class _Planner:
         self.given = summary._checked(self.method, options)
         self.by_path = {cell.path: cell for cell in network.cells}
         self.adapted = [self.by_path[path] for path in whole.adapted]
-        paths = {path for cell in network.cells for path in cell.parameters()}
-        self.trained = paths if self.method == "full" else summary._saved_whole(network, self.given)
-        if self.method in COUNTERS:
-            self.trained = self.trained | {one for one in paths if COUNTERS[self.method].trains(one, self.given)}
+        if self.method == "full":
+            self.trained = {path for cell in network.cells for path in cell.parameters()}
+        else:
+            selected = summary.selected_parameters(network, COUNTERS[self.method], self.given)
+            self.trained = summary._saved_whole(network, self.given) | selected
 
     def plan(self, data_parallel: int, batch: int, seq: int) -> Plan:
         """The plan for a batch, of which each device has its part."""
-        here = batch // data_parallel
+        here, given = batch // data_parallel, seq
+        if any(cell.kind == "prompts" for cell in self.adapted):
+            seq = seq + self.given["tokens"]  # virtual tokens pass through every layer
         own = {
             (cell.path, name): local_size(cell, name, self.cutting)
             for cell in self.network.cells
@@ -219,7 +222,7 @@ class _Planner:
         spared = 0
         reached = [layer for layer in layers if layer >= self._lowest()]
         for layer in reached:
-            prefix = self.given.get("tokens", 0) if self.method in ("prefix", "ptuning2") else 0
+            prefix = self.given["tokens"] if any(cell.kind == "slot" for cell in self.adapted) else 0
             parts = (self._trained_in(layer), here, seq, prefix)
             spared += spared_by_attention(self.sizes, *parts) * self.item if self.kernels else 0
             for name, numbers in kept_in_layer(self.sizes, *parts, self.cutting, self.kernels).items():
@@ -236,8 +239,8 @@ class _Planner:
             model_parallel=self.cutting.model_parallel,
             cut=self.cutting.cut,
             batch=batch,
-            seq=seq,
-            weights=sum(own.values()) * self.item,
+            seq=given,
+            weights=sum(own.values()) * self.item - self.whole.saved,
             delta=sum(added) * self.item,
             optimizer=sum(trains) * summary.MOMENTS[self.whole.optimizer] * 4,
             gradients=(sum(trains) + max(trains)) * self.item,
@@ -260,7 +263,7 @@ class _Planner:
 
     def _lowest(self) -> int:
         """The lowest layer that the backward pass reaches."""
-        slots = any(cell.kind == "slot" for cell in self.adapted)
+        slots = any(cell.kind in ("slot", "prompts") for cell in self.adapted)
         paths = [*self.whole.adapted, *self.trained]
         if slots or any("embed" in path or ".wte." in path or ".wpe." in path for path in paths):
             return 0
@@ -278,7 +281,7 @@ class _Planner:
         for one in self.adapted:
             if f".{layer}." in one.path and place_of(one.path):
                 outputs = one.shapes["weight"][0] // self.cutting.output_parts(place_of(one.path))
-                if self.method == "lora":
+                if self.method in ("lora", "qlora"):
                     inputs.add(place_of(one.path))
                     extra += self._rank(one)
                 elif self.method == "adapter":

@@ -18,9 +18,10 @@ class CellSizes:
 
     Attributes:
         path: where it is.
-        kind: ``dense``, ``embedding``, ``norm`` (LayerNorm), ``rms_norm``, or ``slot``, where a prefix may go.
-        shapes: parameter name to shape; a slot has none.
-        slot: layers, and size of all keys of a layer together; of a slot only.
+        kind: ``dense``, ``embedding``, ``norm`` (LayerNorm), ``rms_norm``, ``slot``, where a prefix may go, or
+            ``prompts``, where virtual tokens may go.
+        shapes: parameter name to shape; a slot has none, nor have prompts.
+        slot: layers, and size of all keys of a layer together, of a slot; 1 and the size of an embedding, of prompts.
     """
 
     path: str
@@ -121,6 +122,10 @@ def _slot(path: str, layers: int, width: int) -> CellSizes:
     return CellSizes(path, "slot", slot=(layers, width))
 
 
+def _prompts(path: str, hidden: int) -> CellSizes:
+    return CellSizes(path, "prompts", slot=(1, hidden))
+
+
 def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
     hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     at = "bert.embeddings"
@@ -139,7 +144,8 @@ def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
         ]
         cells += [_dense(f"{at}.intermediate.dense", hidden, inner), _dense(f"{at}.output.dense", inner, hidden)]
         cells.append(_norm(f"{at}.output.LayerNorm", hidden))
-    return [*cells, _slot("bert.encoder.prefix", layers, hidden), _dense("bert.pooler.dense", hidden, hidden)]
+    cells += [_slot("bert.encoder.prefix", layers, hidden), _dense("bert.pooler.dense", hidden, hidden)]
+    return [*cells, _prompts("bert.prompts", hidden)]
 
 
 def _gpt2(sizes: Mapping[str, Any]) -> list[CellSizes]:
@@ -153,6 +159,7 @@ def _gpt2(sizes: Mapping[str, Any]) -> list[CellSizes]:
         cells += [_dense(f"{at}.attn.c_proj", hidden, hidden), _norm(f"{at}.ln_2", hidden)]
         cells += [_dense(f"{at}.mlp.c_fc", hidden, inner), _dense(f"{at}.mlp.c_proj", inner, hidden)]
     cells += [_norm("transformer.ln_f", hidden), _slot("transformer.prefix", layers, hidden)]
+    cells.append(_prompts("transformer.prompts", hidden))
     tied = sizes.get("tie_word_embeddings", True)
     return cells if tied else [*cells, _dense("lm_head", hidden, sizes["vocab_size"], False)]
 
@@ -180,6 +187,7 @@ def _llama(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _rms_norm(f"{at}.post_attention_layernorm", hidden),
         ]
     cells += [_rms_norm("model.norm", hidden), _slot("model.prefix", layers, keys)]
+    cells.append(_prompts("model.prompts", hidden))
     return (
         cells if sizes.get("tie_word_embeddings") else [*cells, _dense("lm_head", hidden, sizes["vocab_size"], False)]
     )
@@ -201,6 +209,7 @@ def _chatglm(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _dense(f"{at}.mlp.dense_4h_to_h", inner, hidden, False),
         ]
     cells += [_rms_norm("transformer.encoder.final_layernorm", hidden), _slot("transformer.prefix", layers, keys)]
+    cells.append(_prompts("transformer.prompts", hidden))
     return [*cells, _dense("transformer.output_layer", hidden, sizes["padded_vocab_size"], False)]
 
 

@@ -16,7 +16,7 @@ from mindpet import _compat, _files
 from mindpet._checks import NothingFitsError
 from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
-from mindpet.graph.inject import inject
+from mindpet.graph.inject import count_parameters, inject
 from mindpet.kernels import accelerate
 from mindpet.models.pretrained import family_of, open_pretrained
 from mindpet.parallel.group import join, launched
@@ -133,7 +133,7 @@ def finetune(
     prepared = prepare(config, reporter)
     network = build_network(config, prepared.labels)
     trainable = sum(parameter.size for parameter in network.trainable_params())
-    total = sum(parameter.size for parameter in network.get_parameters())
+    total = count_parameters(network)
     weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
     reporter.message(
         f"{config.method.name} on {config.model.path}: {trainable:,} of {total:,} parameters train "

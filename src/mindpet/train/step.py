@@ -91,7 +91,7 @@ class TrainStep(nn.Cell):
 
     def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float, processes: int = 1):
         super().__init__(auto_prefix=False)
-        self.optimizer = optimizer
+        self.optimizer, self.loss = optimizer, loss  # the loss is here for its parameters: see compiled.py
         self.gradient = ops.value_and_grad(loss, None, optimizer.parameters, has_aux=True)
         self.sum = SummedOverProcesses(processes)
         self.update = ClippedUpdate(optimizer, clip_norm)
@@ -108,6 +108,7 @@ class AccumulateStep(nn.Cell):
 
     def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer):
         super().__init__(auto_prefix=False)
+        self.loss = loss  # for its parameters: see compiled.py
         self.gradient = ops.value_and_grad(loss, None, optimizer.parameters, has_aux=True)
         self.buffers = optimizer.parameters.clone(prefix="accumulated", init="zeros")
         self.total = Parameter(Tensor(0.0, mstype.float32), name="accumulated_loss", requires_grad=False)

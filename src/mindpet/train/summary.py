@@ -4,6 +4,7 @@ It counts what :func:`mindpet.inject` would build; the tests compare the two. No
 answer takes no longer than the import of Python's own modules.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -29,9 +30,10 @@ class Summary:
         base: parameters of the network without its head.
         head: parameters of the head.
         added: parameters that the method adds.
-        trained: parameters that train: added ones, the head, and for BitFit and full tuning those of the base.
-        dtype: of all weights.
+        trained: parameters that train: added ones that are not frozen, the head, and those of the base that do.
+        dtype: of all weights that are not quantised.
         optimizer: ``adam``, ``adamw`` or ``sgd`` with momentum.
+        saved: bytes that quantisation saves.
     """
 
     network: str
@@ -43,6 +45,7 @@ class Summary:
     trained: int
     dtype: str
     optimizer: str
+    saved: int = 0
 
     @property
     def total(self) -> int:
@@ -67,7 +70,7 @@ class Summary:
     @property
     def weight_bytes(self) -> int:
         """All weights."""
-        return self.total * ITEM_SIZES[self.dtype]
+        return self.total * ITEM_SIZES[self.dtype] - self.saved
 
     @property
     def gradient_bytes(self) -> int:
@@ -129,20 +132,30 @@ def summarise(
     parameters = {path: size for cell in sizes.cells for path, size in cell.parameters().items()}
     head = sum(size for path, size in parameters.items() if path.startswith(tuple(f"{one}." for one in sizes.heads)))
     adapted: tuple[str, ...] = ()
+    saved = 0
     if method == "full":
-        added, trained = 0, set(parameters)
+        added, frozen, trained = 0, 0, set(parameters)
     else:
         counter = COUNTERS[method]
-        selected = {path for path in parameters if counter.trains(path, given)}
+        selected = selected_parameters(sizes, counter, given)
         if not counter.adapts and not selected:
             raise ValueError(f"{name} has no bias, or whatever else '{method}' trains.")
-        trained = _saved_whole(sizes, given) | selected
-        cells = _targeted(sizes, counter, given, trained)
+        whole = _saved_whole(sizes, given)
+        cells = _targeted(sizes, counter, given, whole)
         adapted = tuple(cell.path for cell in cells)
-        added = sum(counter.added(cell, {**given, "rank": _rank_at(cell.path, given)}) for cell in cells)
-    count = added + sum(parameters[path] for path in trained)
+        beside = {f"{path}.{name}" for path in adapted for name in counter.beside(given)}
+        trained = whole | selected | (beside & set(parameters))
+        at = [(cell, {**given, "rank": _rank_at(cell.path, given)}) for cell in cells]
+        added = sum(counter.added(*each) for each in at)
+        frozen = sum(counter.frozen(*each) for each in at)
+        shared = counter.shared(cells, given)
+        if counter.kept is not None:
+            whole_bytes = sum(math.prod(cell.shapes["weight"]) for cell in cells) * ITEM_SIZES[dtype]
+            saved = whole_bytes - sum(counter.kept(cell, given) for cell in cells)
+        added, frozen = added + shared, frozen + (0 if counter.shared_trains else shared)
+    count = added - frozen + sum(parameters[path] for path in trained)
     base = sum(parameters.values()) - head
-    return Summary(name, method, adapted, base, head, added, count, dtype, optimizer)
+    return Summary(name, method, adapted, base, head, added, count, dtype, optimizer, saved)
 
 
 _SHARED: dict[str, Any] = {"targets": None, "exclude": (), "layers": None, "modules_to_save": ()}
@@ -159,9 +172,11 @@ def _checked(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     ]
     for name, default in counter.options.items():
         value = options.get(name, default)
-        if type(value) is not type(default):
+        if isinstance(default, tuple) and isinstance(value, list):
+            continue
+        if default is not None and type(value) is not type(default):
             wrong.append(f"'{name}' must be of the kind of {default!r}, but is {value!r}")
-        elif type(default) is int and value <= 0:
+        elif type(default) is int and value <= 0 < default:
             wrong.append(f"'{name}' must be a positive int, but is {value!r}")
     ranks = options.get("rank_pattern", {})
     for pattern, rank in ranks.items() if isinstance(ranks, dict) else ():
@@ -216,6 +231,21 @@ def _targeted(sizes: NetworkSizes, counter: Counter, given: dict[str, Any], whol
         listed = "; ".join(f"{one!r}{near(one.strip('*').rpartition('.')[2], ends)}" for one in misses or patterns)
         raise ValueError(f"These patterns match no cell that the method can adapt: {listed}.")
     return cells
+
+
+def selected_parameters(sizes: NetworkSizes, counter: Counter, given: dict[str, Any]) -> set[str]:
+    """Paths of the network's own parameters that a method selects, where its options limit it to some cells: there."""
+    targets = () if counter.adapts else given["targets"] or ()
+    patterns = ("all-linear",) if targets == "all-linear" else targets
+    return {
+        path
+        for cell in sizes.cells
+        if not patterns or any(_means(pattern, cell) for pattern in patterns)
+        if counter.adapts
+        or (in_layers(cell.path, given["layers"]) and not any(_means(one, cell) for one in given["exclude"]))
+        for path in cell.parameters()
+        if counter.trains(path, given)
+    }
 
 
 def _means(pattern: str, cell: CellSizes) -> bool:
