@@ -85,6 +85,8 @@ def config(method, **more):
         known["targets"] += ["prefix"] if PrefixSlot in method.adapt else []
     elif nn.Embedding in method.adapt:
         known["targets"] = ["places"]
+    if method.name == "randlora":
+        known["alpha"] = 2.0  # the default is for a rank of 32
     return method.config(**known, **more)
 
 
@@ -112,7 +114,16 @@ def method(request):
     return METHODS[request.param]
 
 
-STARTS_ELSEWHERE = {"fourierft", "prefix", "mam", "ptuning2", "low_rank_adapter", "prompt_tuning", "p_tuning", "multitask_prompt_tuning"}  # as documented
+STARTS_ELSEWHERE = {
+    "fourierft",
+    "prefix",
+    "mam",
+    "ptuning2",
+    "low_rank_adapter",
+    "prompt_tuning",
+    "p_tuning",
+    "multitask_prompt_tuning",
+}  # as documented
 QUANTISES = {"qlora"}  # and so lets the weights go that it adapts
 STARTS_NEAR_IT = {"adapter", "adapter_fusion", "compacter"}
 
@@ -227,7 +238,14 @@ def test_the_cost_in_the_docstring_is_what_it_adds(method):
     layer = make(cell, given, *shared)
     formula = re.search(r"Cost:\s+``(.+?)``\s+parameters", inspect.getdoc(type(layer)) or "")
     assert formula, f"{type(layer).__name__} does not say what it costs"
-    names = {**vars(inspect.getmodule(type(layer))), **vars(given), "n_in": 12, "out": 8, "hidden": 8, "r": getattr(given, "rank", None)}
+    names = {
+        **vars(inspect.getmodule(type(layer))),
+        **vars(given),
+        "n_in": 12,
+        "out": 8,
+        "hidden": 8,
+        "r": getattr(given, "rank", None),
+    }
     names["size"] = names.get("size") or getattr(layer, "size", None)
     added = [p for p in layer.get_parameters() if any(fnmatch(p.name, pattern) for pattern in method.trainable)]
     assert eval(re.sub(r"\bin\b", "n_in", formula[1]), names) == sum(p.size for p in added)

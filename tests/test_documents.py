@@ -111,3 +111,16 @@ def test_every_make_target_of_the_readme_exists():
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for path in ("README.md", "CONTRIBUTING.md"):
         assert set(re.findall(r"make ([a-z]+)", (ROOT / path).read_text())) <= targets
+
+
+def test_the_table_of_methods_is_what_the_registry_says():
+    from mindpet.train.artifacts import methods_table
+
+    written = [
+        [cell.strip() for cell in line.strip("|\n ").split("|")]
+        for line in (ROOT / "docs" / "methods" / "index.md").read_text().splitlines()
+        if line.startswith("| [")
+    ]
+    for cells, row in zip(written, methods_table(), strict=True):
+        name, *rest = row.values()
+        assert cells == [f"[{name}]({name}.md)", *rest[:-1]]

@@ -200,6 +200,12 @@ def test_methods_lists_the_registry():
     code, output = invoke("methods")
     assert code == 0
     assert all(name in output for name in METHODS)
+    code, output = invoke("methods", "PrefixTuning")
+    assert code == 0
+    assert "mid_dim" in output
+    code, output = invoke("methods", "lroa")
+    assert code == 2
+    assert "did you mean 'lora'" in output
 
 
 def test_merge_writes_a_model_that_gives_the_same_probabilities(tuned, tmp_path):

@@ -197,12 +197,12 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 
 def main():
-    network = nn.SequentialCell(*[nn.Dense(2048, 2048, weight_init="ones") for _ in range(8)])
+    network = nn.SequentialCell(*[nn.Dense(2048, 2048, weight_init="ones") for _ in range(20)])
     held = [layer.weight for layer in network]  # somebody else has them, too
     network(Tensor(np.zeros((4, 2048), np.float32))).asnumpy()
     before = resident()
     mindpet.inject(network, mindpet.QLoRAConfig(rank=2, targets=["*"], bits=sys.argv[1]))
-    print((before - resident()) / (8 * 4 * 2048 * 2048), len(held))
+    print((before - resident()) / (20 * 4 * 2048 * 2048), len(held))
 
 main()
 """
@@ -212,7 +212,7 @@ main()
 def test_a_process_has_that_memory_back(bits, freed, tmp_path):
     (tmp_path / "memory.py").write_text(MEMORY)
     done = subprocess.run([sys.executable, tmp_path / "memory.py", bits], capture_output=True, text=True, check=True)
-    assert float(done.stdout.split()[0]) > freed  # 0.87 and 0.75, less what quantising leaves behind
+    assert float(done.stdout.split()[0]) > freed  # 0.87 and 0.75, less some 25 MiB that malloc keeps for later
 
 
 def test_the_weight_is_let_go_and_counts_all_the_same():

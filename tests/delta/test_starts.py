@@ -4,17 +4,46 @@ import numpy as np
 import pytest
 from mindspore import nn
 
-from mindpet import AdaLoRAConfig
-from mindpet import FourierFTConfig, LoKrConfig, RandLoRAConfig, SHiRAConfig, VeRAConfig
-from mindpet.delta import AdaLoRADense
-from mindpet import BOFTConfig, HRAConfig, MiSSConfig, OFTConfig
-from mindpet import METHODS, LoRAConfig, MultitaskPromptTuningConfig, PromptTuningConfig, PTuningConfig
-from mindpet.delta import LoRADense, MultitaskPromptTuning, PromptSlot, PromptTuning, PTuning
-from mindpet import AdapterFusionConfig, CompacterConfig, ParallelAdapterConfig
-from mindpet.delta import AdapterFusionDense, CompacterDense, ParallelAdapterDense
-from mindpet.delta import BOFTDense, HRADense, MiSSDense, OFTDense
-
-from mindpet.delta import FourierFTDense, LoKrDense, RandLoRADense, SHiRADense, VeRADense
+from mindpet import (
+    METHODS,
+    AdaLoRAConfig,
+    AdapterFusionConfig,
+    BOFTConfig,
+    CompacterConfig,
+    FourierFTConfig,
+    HRAConfig,
+    LoKrConfig,
+    LoRAConfig,
+    MiSSConfig,
+    MultitaskPromptTuningConfig,
+    OFTConfig,
+    ParallelAdapterConfig,
+    PromptTuningConfig,
+    PTuningConfig,
+    RandLoRAConfig,
+    SHiRAConfig,
+    VeRAConfig,
+)
+from mindpet.delta import (
+    AdaLoRADense,
+    AdapterFusionDense,
+    BOFTDense,
+    CompacterDense,
+    FourierFTDense,
+    HRADense,
+    LoKrDense,
+    LoRADense,
+    MiSSDense,
+    MultitaskPromptTuning,
+    OFTDense,
+    ParallelAdapterDense,
+    PromptSlot,
+    PromptTuning,
+    PTuning,
+    RandLoRADense,
+    SHiRADense,
+    VeRADense,
+)
 from mindpet.delta.randlora import shared_bases
 from mindpet.delta.vera import shared_matrices
 

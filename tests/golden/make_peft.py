@@ -121,7 +121,13 @@ CASES = {
     "shira": {"kind": peft.ShiraConfig, "r": 1, "random_seed": 4, **TARGETS},
     "adalora": {
         "kind": peft.AdaLoraConfig,
-        **{"init_r": 3, "target_r": 1, "lora_alpha": 4, "tfinal": 1, "total_step": 4, "orth_reg_weight": 0.0, **TARGETS},
+        "init_r": 3,
+        "target_r": 1,
+        "lora_alpha": 4,
+        "tfinal": 1,
+        "total_step": 4,
+        "orth_reg_weight": 0.0,
+        **TARGETS,
     },
 }
 INPUTS = {

@@ -36,7 +36,11 @@ def test_a_delta_that_is_loaded_between_steps_goes_on_training(mode, tmp_path, r
     loss = nn.WithLossCell(cell, nn.CrossEntropyLoss())
     step = nn.TrainOneStepCell(loss, nn.Adam(cell.trainable_params(), 0.1))
     step(x, labels)
-    for load in (lambda: load_delta(cell, tmp_path), lambda: load_delta(cell, tmp_path, "b"), lambda: use(cell, "default")):
+    for load in (
+        lambda: load_delta(cell, tmp_path),
+        lambda: load_delta(cell, tmp_path, "b"),
+        lambda: use(cell, "default"),
+    ):
         load()
         before = {p.name: p.asnumpy().copy() for p in cell.trainable_params()}
         step(x, labels)

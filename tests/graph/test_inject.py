@@ -6,7 +6,6 @@ import pytest
 from mindspore import Tensor, nn
 
 from mindpet.delta import (
-    METHODS,
     AdapterConfig,
     BitFitConfig,
     DeltaConfig,
@@ -266,12 +265,6 @@ def test_only_a_cell_takes_a_method(network):
 def test_only_a_method_has_a_configuration(config):
     with pytest.raises(TypeError, match="use one of LoRAConfig, AdapterConfig"):
         inject(Network(), config)
-
-
-def test_every_method_can_be_injected():
-    assert {method.config for method in METHODS.values()} == {
-        type(config) for config in (*DENSE_CONFIGS, *PREFIX_CONFIGS, BitFitConfig())
-    }
 
 
 # --------------------------------------------------------------------------------------------------- replace_cell

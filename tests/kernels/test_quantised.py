@@ -1,5 +1,6 @@
 """The product with a quantised weight against float64, and where accelerate puts it."""
 
+import copy
 import ctypes
 
 import mindspore as ms
@@ -76,6 +77,14 @@ def test_decodes_to_the_same_bits_as_numpy(bits, double, block_size, rng):
     for rows in (eye, eye[:3]):
         found = operators.QuantisedProduct(form)(Tensor(rows), *codes).asnumpy()
         np.testing.assert_array_equal(found, weight.T[: len(rows)])
+
+
+def test_inputs_of_the_same_shapes_may_be_of_different_weights(mode, rng):
+    for shape in ((45, 1), (80, 1), (7, 1), (45, 1)):
+        form, codes, weight = quantised(shape, "nf4", True, 90, rng)
+        product = copy.deepcopy(operators.QuantisedProduct(form))
+        check(form, codes, weight, 18, rng)
+        assert product(Tensor(np.ones((18, 1), np.float32)), *codes).shape == (18, shape[0])
 
 
 def test_rows_do_not_depend_on_how_they_are_shared_out(rng):

@@ -137,7 +137,11 @@ def test_every_parameter_gets_a_gradient(mode, kind, config):
     network, ids = inject(bert() if kind == "bert" else build(kind), config), Tensor(tokens(2, 5))
     given = (ids, ops.ones_like(ids)) if kind != "bert" else (ids, ops.ones_like(ids), ops.zeros_like(ids))
     weights = network.trainable_params()
-    gradients = ms.grad(lambda *inputs: (network(*inputs) ** 2).sum(), None, ms.ParameterTuple(weights))(*given)
+
+    def loss(*inputs):
+        return (network(*inputs) ** 2).sum()
+
+    gradients = ms.grad(loss, None, ms.ParameterTuple(weights))(*given)
     for parameter, gradient in zip(weights, gradients):
         assert np.abs(gradient.asnumpy()).max() > 0, parameter.name
 

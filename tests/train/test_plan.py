@@ -26,9 +26,8 @@ from mindpet.train.activations import (
     kept_in_layer,
     spared_by_attention,
 )
-from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import strategies_of
-from mindpet.train.plan import plan
+from mindpet.train.plan import PLANNED, plan
 from mindpet.train.plan_answer import amount, largest_batch, markdown_table, planned
 from mindpet.train.presets import PRESETS, CellSizes
 from mindpet.train.summary import summarise
@@ -143,10 +142,8 @@ def test_the_printed_code_cuts_a_real_network(family, method):
 
 
 def test_one_device_has_what_the_summary_counts():
-    for method in [*COUNTERS, "full"]:
-        options = {"token_indices": [7]} if method == "trainable_tokens" else {}
-        whole = summarise("bert-base-chinese", method, options)
-        found = plan("bert-base-chinese", method, options, seq=128)
+    for method in PLANNED:
+        whole, found = summarise("bert-base-chinese", method), plan("bert-base-chinese", method, seq=128)
         assert found.weights + found.delta == whole.weight_bytes
         assert found.optimizer == whole.optimizer_bytes
         assert found.gradients >= whole.gradient_bytes
@@ -292,3 +289,8 @@ def test_the_table_in_the_documentation_is_the_present_one():
     if "## Planning" not in text:
         pytest.skip("docs/parallel.md has no section on planning")
     assert markdown_table() in text
+
+
+def test_a_method_whose_memory_is_not_counted_is_refused():
+    with pytest.raises(ValueError, match="what 'ia3' keeps for its gradients is not counted"):
+        plan("bert-base-chinese", "ia3", seq=128)

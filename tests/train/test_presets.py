@@ -10,6 +10,7 @@ from mindspore.nn.utils import no_init_parameters
 
 from mindpet.delta import METHODS, method_named
 from mindpet.graph import inject
+from mindpet.graph.inject import count_parameters
 from mindpet.models.families import FAMILIES
 from mindpet.train.counters import ALIASES, COUNTERS
 from mindpet.train.presets import PRESETS, network_sizes, preset
@@ -32,6 +33,8 @@ CASES = [
     ("lora", {"bias": "lora_only", "start": "olora", "rank_pattern": {"*.2.*": 5}}),
     ("dora", {"rank": 3, "targets": "all-linear", "bias": "lora_only"}),
     ("lora_fa", {"rank": 3, "targets": "all-linear"}),
+    ("qlora", {"rank": 3}),
+    ("qlora", {"targets": "all-linear", "bits": "int8", "block_size": 10, "double_quantisation": False}),
     ("adapter", {"size": 5}),
     ("adapter", {"targets": "all-linear", "layers": 1}),
     ("low_rank_adapter", {"reduction_factor": 3, "rank": 2}),
@@ -101,7 +104,9 @@ def assert_same(content, method, options, labels=2):
     heads = [parameter for parameter in network.get_parameters() if parameter.name.startswith("classifier.")]
     assert list(found.adapted) == adapted
     assert found.trained == count(network.trainable_params())
-    assert found.total == count(network.get_parameters())
+    assert found.total == count_parameters(network)
+    if method == "qlora":
+        assert found.weight_bytes == sum(p.size * p.itemsize for p in network.get_parameters())
     assert found.base + found.head == before
     if not any(path.startswith("classifier") for path in adapted):
         assert found.head == count(heads)

@@ -448,17 +448,30 @@ def plan(
 
 
 @app.command()
-def methods() -> None:
-    """List the methods: what each adapts, its options, whether it merges, its usual learning rate.
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One of them, for its options and their defaults.")] = None,
+) -> None:
+    """List the methods: what each trains and adapts, whether it merges, whether PEFT has it; or tell all of one.
 
     Examples:
       mindpet methods
+
+      mindpet methods lora
     """
     with _readable_errors():
         from mindpet.cli.screen import Screen, print_rows
-        from mindpet.train.artifacts import methods_table
+        from mindpet.train.artifacts import method_options, methods_table
+        from mindpet.train.counters import method_key
 
-        print_rows(Screen().console, methods_table())
+        console = Screen().console
+        if name is None:
+            print_rows(console, methods_table())
+            console.print("The options of one: mindpet methods NAME. The share is of BERT-base's parameters.")
+            return
+        options = method_options(name)  # an unknown name is said at once
+        for key, value in next(row for row in methods_table() if row["method"] == method_key(name)).items():
+            console.print(f"[bold]{key}[/bold]: {value}")
+        print_rows(console, [{"option": key, "default": d, "meaning": m} for key, (d, m) in options.items()])
 
 
 @app.command()

@@ -4,24 +4,24 @@ from mindpet.delta.adalora import AdaLoRAConfig, AdaLoRADense, AdaLoRAOptimizer
 from mindpet.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet.delta.adapter_fusion import AdapterFusionConfig, AdapterFusionDense
 from mindpet.delta.bitfit import BitFitConfig
+from mindpet.delta.boft import BOFTConfig, BOFTDense
 from mindpet.delta.compacter import CompacterConfig, CompacterDense
 from mindpet.delta.dora import DoRAConfig, DoRADense
-from mindpet.delta.boft import BOFTConfig, BOFTDense
+from mindpet.delta.fourierft import FourierFTConfig, FourierFTDense
 from mindpet.delta.hra import HRAConfig, HRADense
 from mindpet.delta.ia3 import IA3Config, IA3Dense
 from mindpet.delta.ln_tuning import LNTuningConfig
-from mindpet.delta.trainable_tokens import TrainableTokensConfig, TrainableTokensEmbedding
 from mindpet.delta.loha import LoHaConfig, LoHaDense
 from mindpet.delta.lokr import LoKrConfig, LoKrDense
 from mindpet.delta.lora import LoRAConfig, LoRADense
 from mindpet.delta.lora_fa import LoRAFAConfig, LoRAFADense
 from mindpet.delta.lora_plus import LoRAPlusConfig
 from mindpet.delta.low_rank_adapter import LowRankAdapterConfig, LowRankAdapterDense, LowRankAdapterLayer
-from mindpet.delta.miss import MiSSConfig, MiSSDense
-from mindpet.delta.oft import OFTConfig, OFTDense
 from mindpet.delta.mam import MAMConfig
 from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.miss import MiSSConfig, MiSSDense
 from mindpet.delta.multitask_prompt_tuning import MultitaskPromptTuning, MultitaskPromptTuningConfig
+from mindpet.delta.oft import OFTConfig, OFTDense
 from mindpet.delta.p_tuning import PTuning, PTuningConfig
 from mindpet.delta.parallel_adapter import ParallelAdapterConfig, ParallelAdapterDense
 from mindpet.delta.prefix_layer import PrefixConfig, PrefixLayer
@@ -29,23 +29,15 @@ from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.delta.prompt_tuning import PromptTuning, PromptTuningConfig
 from mindpet.delta.ptuning2 import PrefixEncoder, PTuning2Config
-from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
-from mindpet.delta.registry import METHODS, method_named
-from mindpet.delta.vera import VeRAConfig, VeRADense
-from mindpet.delta.fourierft import FourierFTConfig, FourierFTDense
 from mindpet.delta.qlora import QLoRAConfig, QLoRADense
+from mindpet.delta.r_drop import RDropLoss, rdrop_repeat
 from mindpet.delta.randlora import RandLoRAConfig, RandLoRADense
+from mindpet.delta.registry import METHODS, method_named
 from mindpet.delta.shira import SHiRAConfig, SHiRADense
+from mindpet.delta.trainable_tokens import TrainableTokensConfig, TrainableTokensEmbedding
+from mindpet.delta.vera import VeRAConfig, VeRADense
 
 __all__ = [
-    "SHiRAConfig",
-    "SHiRADense",
-    "QLoRAConfig",
-    "QLoRADense",
-    "RandLoRAConfig",
-    "RandLoRADense",
-    "FourierFTConfig",
-    "FourierFTDense",
     "METHODS",
     "AdaLoRAConfig",
     "AdaLoRADense",
@@ -55,25 +47,21 @@ __all__ = [
     "AdapterFusionConfig",
     "AdapterFusionDense",
     "AdapterLayer",
+    "BOFTConfig",
+    "BOFTDense",
     "BitFitConfig",
     "CompacterConfig",
     "CompacterDense",
     "DeltaConfig",
     "DoRAConfig",
     "DoRADense",
-    "BOFTConfig",
-    "BOFTDense",
+    "FourierFTConfig",
+    "FourierFTDense",
     "HRAConfig",
     "HRADense",
-    "MiSSConfig",
-    "MiSSDense",
-    "OFTConfig",
-    "OFTDense",
-    "LNTuningConfig",
-    "TrainableTokensConfig",
-    "TrainableTokensEmbedding",
     "IA3Config",
     "IA3Dense",
+    "LNTuningConfig",
     "LoHaConfig",
     "LoHaDense",
     "LoKrConfig",
@@ -88,7 +76,15 @@ __all__ = [
     "LowRankAdapterLayer",
     "MAMConfig",
     "Method",
+    "MiSSConfig",
+    "MiSSDense",
+    "MultitaskPromptTuning",
+    "MultitaskPromptTuningConfig",
+    "OFTConfig",
+    "OFTDense",
+    "PTuning",
     "PTuning2Config",
+    "PTuningConfig",
     "ParallelAdapterConfig",
     "ParallelAdapterDense",
     "PrefixConfig",
@@ -98,11 +94,15 @@ __all__ = [
     "PromptSlot",
     "PromptTuning",
     "PromptTuningConfig",
-    "MultitaskPromptTuning",
-    "MultitaskPromptTuningConfig",
-    "PTuning",
-    "PTuningConfig",
+    "QLoRAConfig",
+    "QLoRADense",
     "RDropLoss",
+    "RandLoRAConfig",
+    "RandLoRADense",
+    "SHiRAConfig",
+    "SHiRADense",
+    "TrainableTokensConfig",
+    "TrainableTokensEmbedding",
     "VeRAConfig",
     "VeRADense",
     "method_named",

@@ -22,7 +22,7 @@ from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 GROUP = 256  # blocks whose largest values are quantised together
-_AT_ONCE = 1 << 16  # blocks, so that what is needed in between stays small
+_AT_ONCE = 1 << 12  # blocks, so that what is needed in between stays small
 
 
 def _dynamic() -> np.ndarray:

@@ -60,6 +60,7 @@ class DoRADense(ComputeDense):
         layer.scale = config.scaled_alpha / config.rank
         layer.lora_dropout = get_dropout(float(config.dropout))
         layer.product = ops.MatMul(transpose_b=True)
+        dense.weight.init_data()  # of a network built without values
         length = layer.lengths(layer.turned()).astype(dense.weight.dtype)
         layer.mindpet_delta_dora_magnitude = Parameter(length, name="mindpet_delta_dora_magnitude")
         return layer

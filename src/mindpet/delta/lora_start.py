@@ -56,7 +56,7 @@ def branch_start(config: "LoRAConfig", weight: Parameter) -> tuple[Tensor, Tenso
                 f"For '{type(config).__name__}', 'rank' must be at most {min(out, into)} for the start "
                 f"{config.start!r} of {weight.name}, which is {(out, into)}, but got {rank}."
             )
-        matrix = weight.astype(mstype.float32).asnumpy()
+        matrix = weight.init_data().astype(mstype.float32).asnumpy()
         scale = config.scaled_alpha / rank
         a, b = _principal(matrix, rank, scale) if config.start == "pissa" else _leading(matrix, rank)
     return Tensor(np.ascontiguousarray(a)).astype(dtype), Tensor(np.ascontiguousarray(b)).astype(dtype)

@@ -158,7 +158,7 @@ class PeftNames:
         lacks: keys of other methods that this one's configuration does not have there.
         unpack: for tensors that are stored in another shape there: ``unpack(content, tensors)`` gives them as they are
             here, by the same names.
-        pack: the reverse, ``pack(content, tensors)``, which also puts into the configuration what it takes to read them.
+        pack: the reverse, ``pack(content, tensors)``, which also puts into the configuration what reading takes.
     """
 
     kind: str

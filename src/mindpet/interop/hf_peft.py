@@ -13,6 +13,7 @@ import numpy as np
 from mindspore import Tensor, nn
 
 from mindpet import _checks, _files
+from mindpet.delta.method import Method
 from mindpet.delta.registry import METHODS, method_of
 from mindpet.graph.freeze_utils import names_of_parameters
 from mindpet.graph.inject import eject, inject, injections
@@ -162,6 +163,16 @@ def save_peft(
     content |= {"base_model_name_or_path": base_model, "task_type": task_type, "inference_mode": True}
     _files.write_tensors(Path(directory) / "adapter_model.safetensors", tensors, {"format": "pt"})
     _files.write_json(Path(directory) / "adapter_config.json", dict(sorted(content.items())))
+
+
+def peft_kind(method: Method) -> str:
+    """PEFT's ``peft_type`` of what :func:`save_peft` writes for a method, or an empty str where PEFT has it not."""
+    if method.name in (*WRITTEN, "lora_plus"):
+        return "LORA"
+    if method.name in ("prefix", "ptuning2"):
+        return "PREFIX_TUNING"
+    written = {cell.delta_method: kind for kind, cell in PROMPTS.items()}
+    return method.peft.kind if method.peft is not None else written.get(method.name, "")
 
 
 def _misfit(directory: Path, problems: list[str]) -> PeftFormatError:

@@ -38,15 +38,26 @@ def _first_three(*shapes: Any) -> Any:
 
 
 class Kernel(ops.Custom):
-    """The compiled function of that name; `shape` says the output's from the inputs', or those of several `outputs`."""
+    """The compiled function of that name; `shape` says the output's from the inputs', or those of several `outputs`.
 
-    def __init__(self, function: str, shape: Callable = _first, outputs: int = 1):
+    With a `width` the output has the first input's rows and that many columns: PyNative takes operators with the same
+    inputs and attributes for the same.
+    """
+
+    def __init__(self, function: str, shape: Callable = _first, outputs: int = 1, width: int | None = None):
+        if width is not None:
+
+            def shape(x: Any, *rest: Any) -> Any:
+                return [x[0], width]
+
         dtype = mstype.float32 if outputs == 1 else (mstype.float32,) * outputs
         super().__init__(f"{library()}:{function}", shape, dtype, func_type="aot")
-        self.function, self.outputs = function, outputs
+        self.function, self.outputs, self.width = function, outputs, width
+        if width is not None:
+            self.add_prim_attr("width", width)
 
     def __deepcopy__(self, memo: dict) -> "Kernel":  # MindSpore's does not know what a Custom is made from
-        return Kernel(self.function, self.out_shape, self.outputs)
+        return Kernel(self.function, self.out_shape, self.outputs, self.width)
 
 
 class _Function(nn.Cell):
@@ -191,8 +202,8 @@ class QuantisedProduct(nn.Cell):
         super().__init__(auto_prefix=False)
         out, into = form.shape
         self.tables = Tensor(form.table), Tensor(DYNAMIC), Tensor([out, into, form.block_size], mstype.int32)
-        self.forward = Kernel("quantised_forward", lambda x, *rest: [x[0], out])
-        self.backward = Kernel("quantised_backward", lambda dy, *rest: [dy[0], into])
+        self.forward = Kernel("quantised_forward", width=out)
+        self.backward = Kernel("quantised_backward", width=into)
 
     def construct(self, x, codes, absmax, scales, offset):
         return self.forward(x, codes, absmax, scales, offset, *self.tables)

@@ -2,24 +2,29 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 
 from mindspore import nn
 
 from mindpet import _checks, _files
-from mindpet.delta.registry import METHODS, method_of
+from mindpet.delta.method import Method
+from mindpet.delta.registry import METHODS, method_named, method_of
 from mindpet.graph.deltas import load_delta, read_delta, save_delta
 from mindpet.graph.inject import count_parameters, inject, injections
 from mindpet.graph.merge import merge_and_eject
-from mindpet.interop.hf_peft import load_peft, save_peft
+from mindpet.interop.hf_peft import load_peft, peft_kind, save_peft
 from mindpet.models.loading import save_tensors
 from mindpet.models.pretrained import Pretrained, family_of, open_pretrained
 from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
 from mindpet.train.run import load_tuned, unfinished
+from mindpet.train.summary import summarise
+from mindpet.train.summary_table import per_cent
 
 
 @dataclass(frozen=True)
@@ -238,25 +243,55 @@ def _require_empty(target: str | Path, *names: str) -> None:
 
 
 def methods_table() -> list[dict[str, str]]:
-    """One row for each method of the registry, for people to choose from."""
-    rows = []
-    for method in METHODS.values():
-        known = {entry.name for entry in dataclasses.fields(method.config)} - _SHARED
-        adapts = ", ".join(kind.__name__ for kind in method.adapt) or "nothing: it selects"
-        merges = any(hasattr(getattr(make, "__self__", None), "delta_weight") for make in method.adapt.values())
-        rows.append(
-            {
-                "name": method.name,
-                "adapts": adapts,
-                "options": ", ".join(sorted(known)),
-                "merges": "yes" if merges else "no",
-                "learning rate": f"{method.learning_rate:g}",
-                "paper": method.paper,
-            }
+    """One row for each method of the registry, for people to choose from.
+
+    What trains is counted with the usual options on BERT-base-Chinese; of `trainable_tokens`, one row.
+    """
+    return [_method_row(method) for method in METHODS.values()]
+
+
+def method_options(name: str) -> dict[str, tuple[str, str]]:
+    """The options of a method: name to (default, meaning).
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    config = method_named(name).config
+    meanings: dict[str, str] = {}
+    for kind in reversed(config.__mro__):
+        text = cleandoc(kind.__doc__ or "").partition("Attributes:")[2]
+        for entry in re.split(r"\n    (?=\w+: )", text)[1:]:
+            option, _, meaning = entry.partition(": ")
+            meanings[option] = " ".join(meaning.split())
+    found = {}
+    for field in dataclasses.fields(config):
+        missing = field.default is dataclasses.MISSING
+        default = (
+            ""
+            if missing and field.default_factory is dataclasses.MISSING
+            else repr(field.default_factory() if missing else field.default)
         )
-    return rows
+        found[field.name] = (default, meanings.get(field.name, ""))
+    return found
 
 
+def _method_row(method: Method) -> dict[str, str]:
+    kinds = {kind.__name__.removesuffix("2d").removesuffix("1d") for kind in method.adapt}
+    counted = summarise(_EXAMPLE, method.name, _EXAMPLE_OPTIONS.get(method.name))
+    layers = [make.__self__ for make in method.adapt.values() if hasattr(make, "__self__")]
+    return {
+        "method": method.name,
+        "trains on BERT-base": f"{counted.delta:,} ({per_cent(counted.delta / counted.base)})",
+        "adapts": ", ".join(sorted(kinds)) or "nothing: it selects",
+        "merges": "yes" if any(hasattr(layer, "delta_weight") for layer in layers) else "no",
+        "PEFT": peft_kind(method) or "no",
+        "learning rate": f"{method.learning_rate:g}",
+        "paper": method.paper,
+    }
+
+
+_EXAMPLE = "bert-base-chinese"
+_EXAMPLE_OPTIONS = {"trainable_tokens": {"token_indices": (100,)}}
 _TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -267,7 +302,6 @@ _TOKENIZER_FILES = (
     "generation_config.json",
     "chat_template.jinja",
 )
-_SHARED = {"targets", "exclude", "layers", "modules_to_save"}
 
 
 def _dense_layers(network: nn.Cell) -> dict[str, nn.Cell]:

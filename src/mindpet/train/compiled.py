@@ -5,7 +5,8 @@ graph of a network with another alpha. So each graph has a directory of its own 
 depends on: the sizes, options, constants and flags of every cell, the operators, what trains, the inputs, the source of
 this package and of the cells' modules, MindSpore and the kernels.
 
-Directories are in ``MINDPET_CACHE`` (``~/.cache/mindpet`` by default); ``MINDPET_COMPILED=0`` keeps none and takes none.
+The directories are in ``MINDPET_CACHE`` (``~/.cache/mindpet`` by default). ``MINDPET_COMPILED=0`` keeps and takes
+none.
 """
 
 import hashlib
@@ -31,7 +32,7 @@ from mindpet import _compat
 from mindpet.kernels import build
 
 _log = logging.getLogger("mindpet")
-_KEPT = 30  # directories; the one that was not used for longest goes first
+_KEPT = 100  # directories; the one that was not used for longest goes first
 _RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas")  # nothing that computes
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, np.generic)
 
@@ -50,21 +51,20 @@ def compile_once(cell: nn.Cell, *inputs: Any) -> bool:
         Whether it was taken from an earlier run. False too where graphs are not kept: in PyNative mode, under
         ``MINDPET_COMPILED=0``, or for a cell with something in it that has no fingerprint.
     """
-    if not _compat.in_graph_mode() or os.environ.get("MINDPET_COMPILED", "1") == "0":
+    if not _compat.in_graph_mode() or os.environ.get("MINDPET_COMPILED", "1") == "0" or cell.compile_cache:
         return False
     try:
         place = build.cache_directory() / "graphs" / fingerprint(cell, inputs)
-    except _NotKnown as error:
+        if place.is_dir():
+            os.utime(place)
+            with _compat.compile_cache(place):
+                cell.compile(*inputs)
+            return True
+        place.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(tempfile.mkdtemp(prefix="new-", dir=place.parent))
+    except (_NotKnown, OSError, build.KernelsUnavailable) as error:
         _log.info("This graph is not kept for later runs: %s", error)
         return False
-    known = place.is_dir()
-    if known:
-        os.utime(place)
-        with _compat.compile_cache(place):
-            cell.compile(*inputs)
-        return True
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix="new-", dir=place.parent))
     try:
         with _compat.compile_cache(beside):
             cell.compile(*inputs)
@@ -84,8 +84,18 @@ def fingerprint(cell: nn.Cell, inputs: tuple) -> str:
         _NotKnown: there is something in it that cannot be told from one run to the next.
     """
     digest = hashlib.sha256()
-    facts: list[Any] = [ms.__version__, _source_of_package(), _entry(), _compat.device_target(), build.why_not() or str(build.library())]
-    facts += [os.environ.get("RANK_ID"), [_told_input(each) for each in inputs], [(p.name, p.shape, p.dtype, p.requires_grad) for p in cell.get_parameters()]]
+    facts: list[Any] = [
+        ms.__version__,
+        _source_of_package(),
+        _entry(),
+        _compat.device_target(),
+        build.why_not() or str(build.library()),
+    ]
+    facts += [
+        os.environ.get("RANK_ID"),
+        [_told_input(each) for each in inputs],
+        [(p.name, p.shape, p.dtype, p.requires_grad) for p in cell.get_parameters()],
+    ]
     for path, inner in cell.cells_and_names():
         own = {name: value for name, value in vars(inner).items() if name not in _of_every_cell()}
         flags = (inner.training, inner.get_flags(), _compat.is_recomputed(inner))
@@ -103,7 +113,7 @@ def _told(value: Any, depth: int = 0) -> str:
     """A value as text, the same in every run."""
     if depth > 8:
         raise _NotKnown(f"a {type(value).__name__} too deep to look into")
-    if isinstance(value, _PLAIN) or isinstance(value, (ms.Type, type(ms.float32))):
+    if isinstance(value, (*_PLAIN, ms.Type, type(ms.float32))):
         return repr(value)
     if isinstance(value, Parameter):
         return f"Parameter {value.name}"
@@ -124,6 +134,8 @@ def _told(value: Any, depth: int = 0) -> str:
         return f"{value.__module__}.{value.__qualname__} {_source_of(value.__module__)}"
     if isinstance(value, nn.Cell) or _is_of_mindspore(type(value).__module__):
         return f"a {type(value).__qualname__}"  # cells are told of by their paths
+    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Cell):
+        return f"{type(value.__self__).__qualname__}.{_told(value.__func__, depth + 1)}"
     if isinstance(value, types.FunctionType) and (_is_of_mindspore(value.__module__) or not value.__closure__):
         return f"{value.__module__}.{value.__qualname__} {_source_of(value.__module__)}"
     raise _NotKnown(f"it holds a {type(value).__module__}.{type(value).__qualname__}")

@@ -359,9 +359,7 @@ COUNTERS = {
         targets={family: (*_KEYS_AND_VALUES[family], *_FEEDFORWARD[family]) for family in _FEEDFORWARD},
         added=_ia3,
     ),
-    "parallel_adapter": Counter(
-        {"size": 64}, ("scale", "non_linearity"), ("dense",), _FEEDFORWARD, _parallel_adapter
-    ),
+    "parallel_adapter": Counter({"size": 64}, ("scale", "non_linearity"), ("dense",), _FEEDFORWARD, _parallel_adapter),
     "mam": Counter(
         {"tokens": 30, "embed_dim": 128, "mid_dim": 256, "projection": True, "size": 64},
         ("dropout", "scale", "non_linearity"),
@@ -408,9 +406,7 @@ COUNTERS = {
         _ATTENTION,
         _oft,
     ),
-    "boft": Counter(
-        {"block_size": None, "blocks": None, "butterfly_factors": 1}, (), ("dense",), _ATTENTION, _boft
-    ),
+    "boft": Counter({"block_size": None, "blocks": None, "butterfly_factors": 1}, (), ("dense",), _ATTENTION, _boft),
     "miss": Counter({"rank": 64}, ("dropout",), ("dense",), _ATTENTION, _miss),
     "lokr": Counter(
         {"rank": 8, "rank_pattern": {}, "decompose_both": False, "decompose_factor": -1},

@@ -23,6 +23,7 @@ from mindpet.graph.deltas import save_delta
 from mindpet.graph.optimizers import grouped, rate_factors, wrap_optimizer
 from mindpet.kernels import accelerate
 from mindpet.parallel.group import ALONE, Group
+from mindpet.train.compiled import compile_once
 from mindpet.train.config import TrainSection
 from mindpet.train.data import Encoded
 from mindpet.train.dropout import DropoutKeys
@@ -186,6 +187,7 @@ class Fit:
         self.progress, self.saved_step = Progress(), 0
         self.digest = f"{train.digest()} {test.digest()}"
         self._stop: str | None = None
+        self._compiled: set[int] = set()
 
     def run(self, resume: bool = False) -> Progress:
         """Train until the steps are done, early stopping says so, or somebody interrupts.
@@ -234,11 +236,14 @@ class Fit:
                 samples += len(chosen)
                 tokens += int(self.tokens[chosen].sum())
                 if config.accumulate == 1:
+                    self._compile(self.one_step, *rows)
                     loss, norm = self.one_step(*rows)
                 else:
+                    self._compile(self.accumulate, *rows)
                     self.accumulate(*rows)
                     if progress.batch % config.accumulate and progress.batch < self.batches:
                         continue
+                    self._compile(self.apply)
                     loss, norm = self.apply()
                 value = float(loss)  # waits for the step
                 seconds = time.monotonic() - begun
@@ -364,6 +369,13 @@ class Fit:
             here[name].set_data(Tensor(value.reshape(here[name].shape)))
         self.progress = Progress(**state)
         self.saved_step = self.progress.step
+
+    def _compile(self, cell: nn.Cell, *rows: Any) -> None:
+        """Before the first call of a step: batches are all of one shape."""
+        if id(cell) not in self._compiled:
+            self._compiled.add(id(cell))
+            if compile_once(cell, *rows) and rows:  # of the two graphs of an accumulated step the large one
+                self.reporter.message("The step was compiled by an earlier run.")
 
     def stop(self, reason: str) -> None:
         """Ask the loop to save and end after the present step."""

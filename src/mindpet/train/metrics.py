@@ -11,6 +11,7 @@ from mindspore import nn
 from mindpet.delta.r_drop import IGNORED
 from mindpet.kernels import accelerate
 from mindpet.parallel.group import ALONE, Group
+from mindpet.train.compiled import compile_once
 from mindpet.train.data import Encoded
 from mindpet.train.step import SummedScores
 
@@ -101,7 +102,9 @@ def score_tokens(sums: SummedScores, rows: Encoded, batch_size: int, group: Grou
     """Scores over all tokens that count; the logits of no more than one batch are held."""
     sums.set_train(False)
     total = np.zeros(3)
-    for batch in rows.batches(group.share(rows.count), group.part_of(batch_size)):
+    for index, batch in enumerate(rows.batches(group.share(rows.count), group.part_of(batch_size))):
+        if index == 0:
+            compile_once(sums, *batch.values())
         total += [float(value) for value in sums(*batch.values())]
     loss, hits, count = group.gather(total).sum(0)
     return LanguageScores(float(loss / count), float(hits / count), int(count))
@@ -111,7 +114,12 @@ def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int, group: Grou
     """Logits ``(rows, labels)`` without dropout, in the order of the rows."""
     network.set_train(False)
     own = group.share(rows.count)
-    outputs = [network(*list(batch.values())[:-1]).asnumpy() for batch in rows.batches(own, group.part_of(batch_size))]
+    outputs = []
+    for batch in rows.batches(own, group.part_of(batch_size)):
+        columns = list(batch.values())[:-1]
+        if not outputs:
+            compile_once(network, *columns)
+        outputs.append(network(*columns).asnumpy())
     together = group.gather(np.concatenate(outputs)[: len(own)])  # (processes, rows of each, labels)
     return together.reshape(-1, together.shape[-1])[: rows.count].astype(np.float64)
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mindpet._methods import DOCUMENTED
 from mindpet.train import summary
 from mindpet.train.activations import (
     Cutting,
@@ -122,6 +123,9 @@ class Plan:
         return sending / (computing + sending)
 
 
+PLANNED = (*DOCUMENTED, "qlora", "prompt_tuning", "p_tuning", "multitask_prompt_tuning", "full")
+
+
 def plan(
     network: str | Mapping[str, Any],
     method: str = "lora",
@@ -170,6 +174,8 @@ def plan(
     content = preset(network) if isinstance(network, str) else network
     cells, sizes = network_sizes(content, labels), layer_sizes(content)
     problems = problems_of_numbers(batch, seq, devices, data_parallel, model_parallel, cut)
+    if whole.method not in PLANNED:
+        problems.append(f"what '{whole.method}' keeps for its gradients is not counted, only of {', '.join(PLANNED)}")
     cutting = Cutting(model_parallel, cut)
     if not problems:
         problems += problems_of(cells, sizes, cutting)
