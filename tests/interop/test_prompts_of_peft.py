@@ -140,6 +140,7 @@ def test_greedy_output_is_that_of_peft(family, tmp_path):
     save_peft(network, tmp_path)
     back = peft.PeftModel.from_pretrained(module.theirs(base), tmp_path).eval()
     given = torch.tensor(ids.astype(np.int64))
-    more = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    # with its cache, and transformers 5, PEFT 0.21.2 generates other tokens than it does without
+    more = {"max_new_tokens": 6, "do_sample": False, "use_cache": False, "eos_token_id": None, "pad_token_id": 0}
     expected = back.generate(input_ids=given, attention_mask=torch.ones_like(given), **more)[0, -6:].tolist()
     assert list(generate(network, ids[0], max_tokens=6)) == expected

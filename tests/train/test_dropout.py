@@ -3,7 +3,9 @@ import numpy as np
 import pytest
 from mindspore import nn, ops
 
-from mindpet.train.dropout import DropoutKeys
+from mindpet.delta import PromptSlot, PTuning, PTuningConfig
+from mindpet.parallel.group import Group
+from mindpet.train.dropout import DropoutKeys, ResumableDropout
 
 
 class Two(nn.Cell):
@@ -48,6 +50,23 @@ def test_the_share_of_zeros_and_the_scale_are_right(mode):
     deviation = np.sqrt(0.3 * 0.7 / (300 * 100 * 10))
     assert abs(np.mean(shares) - 0.3) < 5 * deviation
     assert abs(np.mean(means) - 1.0) < 5 * deviation / 0.7
+
+
+def test_the_dropout_in_an_encoder_of_prompts_follows_too(mode):
+    """It is the same for every process: virtual tokens belong to no sample."""
+    config = PTuningConfig(tokens=4, encoder="lstm", encoder_hidden=5, dropout=0.5)
+    filled = PTuning.from_slot(PromptSlot(nn.Embedding(11, 6)), config)
+    network = nn.SequentialCell(filled)
+    keys = DropoutKeys(network, seed=4, batch_size=8, group=Group(1, 2))
+    network.set_train()
+    keys.set_step(0)
+    first = network[0]().asnumpy()
+    keys.set_step(1)
+    assert not np.array_equal(network[0]().asnumpy(), first)
+    keys.set_step(0)
+    np.testing.assert_array_equal(network[0]().asnumpy(), first)
+    (dropped,) = (cell for _, cell in network.cells_and_names() if isinstance(cell, ResumableDropout))
+    assert (dropped.rank, dropped.part, dropped.whole) == (0, 1, 1)
 
 
 def test_entries_are_independent_of_their_neighbours():

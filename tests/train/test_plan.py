@@ -150,6 +150,15 @@ def test_one_device_has_what_the_summary_counts():
         assert found.data_sent == found.model_sent == 0
 
 
+def test_virtual_tokens_pass_through_every_layer():
+    one, other = (
+        plan("bert-base-uncased", "prompt_tuning", {"tokens": count}, batch=4, seq=128 - count) for count in (20, 30)
+    )
+    assert (one.kept, one.flops, one.seq, other.seq) == (other.kept, other.flops, 108, 98)
+    few = plan("bert-base-uncased", "prompt_tuning", {"tokens": 1}, batch=4, seq=108)
+    assert 0 < few.kept["attention weights"] < one.kept["attention weights"]
+
+
 def test_data_parallel_sends_the_delta_alone():
     one, full = (plan("llama-7b", method, devices=8, data_parallel=8, dtype="float16") for method in ("lora", "full"))
     assert one.data_sent == 2 * 2 * one.summary.trained * 7 / 8

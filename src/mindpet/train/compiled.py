@@ -149,7 +149,8 @@ def _is_of_mindspore(module: str) -> bool:
 def _of_every_cell() -> frozenset[str]:
     """Attributes that every Cell has for MindSpore's own use."""
     starts = ("init_tensor",)  # what an nn.Embedding was started with
-    return frozenset((*vars(nn.Cell()), *_RECORDS, *starts, "arguments_key", "phase", "compile_phase"))
+    of_compiling = ("arguments_key", "phase", "compile_phase", "current_phase", "sequence_modified")
+    return frozenset((*vars(nn.Cell()), *_RECORDS, *starts, *of_compiling, "__parse_method__", "__compile_cell_hook__"))
 
 
 @cache
