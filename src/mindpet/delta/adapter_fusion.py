@@ -31,8 +31,7 @@ from mindpet import _checks, _files
 from mindpet.delta.activation import build_activation
 from mindpet.delta.adapter import AdapterConfig, AdapterLayer
 from mindpet.delta.dense import ComputeDense
-from mindpet.delta.ia3 import FEEDFORWARD
-from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.method import FEEDFORWARD, DeltaConfig, Method
 
 
 @dataclass(frozen=True, kw_only=True)

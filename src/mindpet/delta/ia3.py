@@ -15,10 +15,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 
 from mindpet.delta.dense import ComputeDense
-from mindpet.delta.method import DeltaConfig, Method, PeftNames, patterns_of
-
-# the last dense layer of the feed-forward network in BERT, LLaMA and GPT-2: its input is the hidden activation
-FEEDFORWARD = ("*[0-9].output.dense", "*.mlp.down_proj", "*.mlp.c_proj")
+from mindpet.delta.method import FEEDFORWARD, DeltaConfig, Method, PeftNames, patterns_of
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 # where low-rank deltas usually go: queries and values, in BERT, LLaMA and GPT-2
 ATTENTION = ("*.query", "*.value", "*.q_proj", "*.v_proj", "*.c_attn")
+# the last dense layer of the feed-forward network in BERT, LLaMA and GPT-2: its input is the hidden activation
+FEEDFORWARD = ("*[0-9].output.dense", "*.mlp.down_proj", "*.mlp.c_proj")
 # where adapters usually go: behind attention and behind the feed-forward network, in BERT, LLaMA and GPT-2
 AFTER_BLOCKS = (
     "*.attention.output.dense",

@@ -20,8 +20,7 @@ from mindspore.common.initializer import HeUniform, Initializer, initializer
 from mindpet import _checks
 from mindpet.delta.activation import build_activation
 from mindpet.delta.dense import BranchDense
-from mindpet.delta.ia3 import FEEDFORWARD
-from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.method import FEEDFORWARD, DeltaConfig, Method
 
 
 @dataclass(frozen=True, kw_only=True)
