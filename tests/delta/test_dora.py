@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn
 
-from mindpet import DoRAConfig, combine, inject, save_delta
+from mindpet import DoRAConfig, combine, inject, load_delta, save_delta
 from mindpet.delta import DoRADense
 from mindpet.graph.deltas import DeltaFileError
 
@@ -55,6 +55,14 @@ def test_a_row_of_zeros_stays_a_row_of_zeros(rng):
     out = DoRADense.from_dense(dense, CONFIG)(Tensor(rng.normal(size=(3, 6)).astype(np.float32))).asnumpy()
     assert np.isfinite(out).all()
     np.testing.assert_array_equal(out[:, 2], 0)
+
+
+def test_a_delta_fits_whatever_it_started_from_and_no_other_scale(tmp_path):
+    network = inject(nn.SequentialCell(nn.Dense(4, 4)), DoRAConfig(rank=2, targets=["0"], start="gaussian"))
+    save_delta(network, tmp_path)
+    load_delta(inject(nn.SequentialCell(nn.Dense(4, 4)), DoRAConfig(rank=2, targets=["0"])), tmp_path)
+    with pytest.raises(DeltaFileError, match=r"alpha was 16.0 and is 4.0 here"):
+        load_delta(inject(nn.SequentialCell(nn.Dense(4, 4)), DoRAConfig(rank=2, alpha=4.0, targets=["0"])), tmp_path)
 
 
 def test_it_is_no_delta_of_lora_to_combine(tmp_path):

@@ -116,6 +116,9 @@ def test_a_delta_of_all_tasks_loads_for_another_task(tmp_path):
     other = load_delta(inject(Holder(), MultitaskPromptTuningConfig(tokens=4, num_tasks=2, task=1)), tmp_path)
     values = named(network.prompts)
     np.testing.assert_allclose(other().asnumpy(), values["table"] * (values["u"][1] @ values["v"][1]), atol=1e-7)
+    assert (network.prompts.task, other.prompts.task) == (0, 1)
+    with pytest.raises(AttributeError):  # a compiled network would go on with the old one
+        other.prompts.task = 0
     with pytest.raises(ValueError, match="num_tasks was 2 and is 3 here"):
         load_delta(inject(Holder(), MultitaskPromptTuningConfig(tokens=4, num_tasks=3)), tmp_path)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, ops
 
-from mindpet import PromptTuningConfig, PTuningConfig, inject
+from mindpet import MultitaskPromptTuningConfig, PromptTuningConfig, PTuningConfig, inject, load_delta, save_delta
 from mindpet.interop import load_peft, save_peft
 from mindpet.models.generation import generate
 from tests.interop import test_gpt2, test_llama
@@ -76,9 +76,10 @@ def test_the_second_task_of_peft(family, tmp_path):
     model = with_delta(module.theirs(base), config, std=0.8)
     with torch.no_grad():
         expected = model(torch.tensor(ids.astype(np.int64)), task_ids=torch.tensor([1, 1])).logits.numpy()[:, 4:]
-    model.save_pretrained(tmp_path)
-    network = load_peft(module.ours(base), tmp_path).set_train(False)
-    network.prompt_slot.task = 1
+    model.save_pretrained(tmp_path / "theirs")
+    save_delta(load_peft(module.ours(base), tmp_path / "theirs"), tmp_path / "delta")
+    config = MultitaskPromptTuningConfig(tokens=4, num_tasks=3, rank=2, task=1)
+    network = load_delta(inject(module.ours(base), config), tmp_path / "delta")
     np.testing.assert_allclose(logits(network, ids), expected, atol=1e-4)
 
 

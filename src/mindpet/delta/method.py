@@ -129,7 +129,7 @@ def same_configuration(here: Any, there: Any, tensors: dict[str, Any]) -> dict[s
         ValueError: the two compute differently.
     """
     here, there = here.stored(), there.stored()
-    harmless = ("targets", "exclude", "layers", "modules_to_save", "dropout")
+    harmless = ("targets", "exclude", "layers", "modules_to_save", "dropout", "start")
     differ = [
         f"{entry.name} was {getattr(there, entry.name)!r} and is {getattr(here, entry.name)!r} here"
         for entry in fields(here)

@@ -55,9 +55,6 @@ class MultitaskPromptTuning(PromptSlot):
     with a deviation of 1, U and V of 0.02, so P_k starts near zero, and tuning elsewhere than at the network, which did
     not see these tokens. Cost: ``tokens * hidden + num_tasks * rank * (tokens + hidden)`` parameters.
 
-    Attributes:
-        task: k. To run the same network for another task, set it before the network is compiled.
-
     >>> MultitaskPromptTuning(nn.Embedding(11, 8), MultitaskPromptTuningConfig(tokens=3, num_tasks=2))().shape
     (3, 8)
     """
@@ -66,7 +63,7 @@ class MultitaskPromptTuning(PromptSlot):
 
     def __init__(self, words: nn.Embedding, config: MultitaskPromptTuningConfig):
         super().__init__(words)
-        self.tokens, self.task = config.tokens, config.task
+        self.tokens, self._task = config.tokens, config.task
 
         def part(name: str, deviation: float, *shape: int) -> Parameter:
             return Parameter(initializer(Normal(deviation), shape), name=name)
@@ -82,9 +79,14 @@ class MultitaskPromptTuning(PromptSlot):
         """The slot, filled."""
         return cls(slot.words, config)
 
+    @property
+    def task(self) -> int:
+        """The number k. It is compiled in: for another one, inject anew and load the delta."""
+        return self._task
+
     def construct(self):
-        u = self.mindpet_delta_multitask_prompt_tuning_u[self.task]  # (tokens, rank)
-        v = self.mindpet_delta_multitask_prompt_tuning_v[self.task]  # (rank, hidden)
+        u = self.mindpet_delta_multitask_prompt_tuning_u[self._task]  # (tokens, rank)
+        v = self.mindpet_delta_multitask_prompt_tuning_v[self._task]  # (rank, hidden)
         return self.mindpet_delta_multitask_prompt_tuning_table * (u @ v)
 
 

@@ -28,7 +28,7 @@ _FLAGS = (
 )
 _MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes; -mcpu is for ARM
 _VARIABLES = ("MINDPET_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH", "MS_CUSTOM_AOT_WHITE_LIST")
-_SECONDS = 120
+_SECONDS = 300
 
 
 class KernelsUnavailable(RuntimeError):

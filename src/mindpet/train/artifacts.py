@@ -265,13 +265,8 @@ def method_options(name: str) -> dict[str, tuple[str, str]]:
             meanings[option] = " ".join(meaning.split())
     found = {}
     for field in dataclasses.fields(config):
-        missing = field.default is dataclasses.MISSING
-        default = (
-            ""
-            if missing and field.default_factory is dataclasses.MISSING
-            else repr(field.default_factory() if missing else field.default)
-        )
-        found[field.name] = (default, meanings.get(field.name, ""))
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        found[field.name] = ("" if default is dataclasses.MISSING else repr(default), meanings.get(field.name, ""))
     return found
 
 

@@ -114,7 +114,7 @@ def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int, group: Grou
     """Logits ``(rows, labels)`` without dropout, in the order of the rows."""
     network.set_train(False)
     own = group.share(rows.count)
-    outputs = []
+    outputs: list[np.ndarray] = []
     for batch in rows.batches(own, group.part_of(batch_size)):
         columns = list(batch.values())[:-1]
         if not outputs:
