@@ -33,7 +33,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         if build.available():  # the kernels are there already
             (Path(place) / build.library().name).symlink_to(build.library())
-        environment = {**os.environ, "MINDPET_CACHE": place}
+        environment = {**os.environ, "MINDPET_CACHE": place, "MINDPET_COMPILED": "1"}
         for name in ("compiled", "compiled before"):
             command = [sys.executable, __file__, "--work", f"--batch={options.batch}", f"--length={options.length}"]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)

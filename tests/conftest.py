@@ -4,7 +4,6 @@ import os
 
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log: only what is critical
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-os.environ["MINDPET_COMPILED"] = "0"  # every test compiles for itself, but those of the graphs that are kept
 
 import mindspore as ms
 import numpy as np

@@ -70,6 +70,21 @@ def initializer_names() -> set[str]:
     return {name.lower() for name in _initializer._INITIALIZER_ALIAS}
 
 
+def named_primitives(cell: nn.Cell) -> dict[str, Any]:
+    """The operators that a Cell holds itself, by attribute name."""
+    return dict(cell._primitives)
+
+
+def arguments_of(operator: Any) -> dict[str, Any]:
+    """What an operator was made with and what was set on it: MindSpore keeps these in three places."""
+    return {**vars(operator).get("init_attrs", {}), **vars(operator).get("attrs", {}), **operator.get_attr_dict()}
+
+
+def buffers_of(cell: nn.Cell) -> dict[str, Any]:
+    """The tensors that a Cell has registered, by name."""
+    return dict(getattr(cell, "_buffers", {}) or {})
+
+
 def primitives_of(cell: nn.Cell) -> list[Any]:
     """The operators that a Cell holds itself, in the order in which it made them."""
     return list(cell._primitives.values())
@@ -144,11 +159,13 @@ def set_value(parameter: ms.Parameter, value: ms.Tensor) -> None:
 @contextmanager
 def compile_cache(directory: Path) -> Iterator[None]:
     """Within the block a graph that is compiled is kept in a directory, or taken from there."""
+    names = ("enable_compile_cache", "compile_cache_path")
+    before = {name: ms.get_context(name) for name in names}
     ms.set_context(enable_compile_cache=True, compile_cache_path=str(directory))
     try:
         yield
     finally:
-        ms.set_context(enable_compile_cache=False)
+        ms.set_context(**before)
 
 
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:

@@ -170,7 +170,7 @@ def test_zero_and_what_is_not_finite():
     ],
 )
 def test_options_that_are_refused(options, says):
-    with pytest.raises((ValueError, TypeError), match=f"For 'QLoRAConfig', .*{says}|{says}"):
+    with pytest.raises((ValueError, TypeError), match=f"For 'QLoRAConfig', .*{says}"):
         QLoRAConfig(**options)
 
 

@@ -228,7 +228,7 @@ def test_randloras_bases_start_uniform_of_deviation_one_and_the_diagonals_at_con
         assert not (values.view(np.uint32) & 0xFFFF).any()  # numbers that bfloat16 has
     layer = RandLoRADense.from_dense(cell, config, bases)
     assert not layer.mindpet_delta_randlora_lambda.asnumpy().any()
-    assert (layer.mindpet_delta_randlora_gamma.asnumpy() == np.float32(1 / 60)).all()
+    assert (layer.mindpet_delta_randlora_columns.asnumpy() == np.float32(1 / 60)).all()
 
 
 def test_shiras_values_start_at_zero_at_places_all_over_the_weight():

@@ -156,7 +156,7 @@ def test_what_the_kernel_does_not_take_goes_to_mindspore(kind, mode, rng):
         shapes = [Tensor(shape=each.shape, dtype=each.dtype) for each in codes]
         fast.set_inputs(Tensor(shape=[None, 24], dtype=ms.float32), *shapes)
     else:
-        return  # every shape is known
+        pytest.skip("in PyNative mode every shape is known")
     found = fast(x, *codes)
     assert found.dtype == (ms.float32 if kind == "unknown rows" else ms.float16)
     np.testing.assert_allclose(found.asnumpy(), x.asnumpy() @ weight.T, atol=0.1 if "f" in kind else 1e-5)

@@ -7,7 +7,7 @@ import sys
 import mindspore as ms
 import numpy as np
 import pytest
-from mindspore import Tensor, nn
+from mindspore import Tensor, nn, ops
 
 from mindpet import LoRAConfig, inject
 from mindpet.train import compiled
@@ -64,6 +64,17 @@ def test_a_second_run_takes_the_graphs_of_the_first_and_another_one_does_not(tmp
     assert other != first
 
 
+class Holder(nn.Cell):
+    def __init__(self, operator):
+        super().__init__()
+        self.operator = operator
+
+
+def arguments(operator):
+    names = {"Softmax": ["axis"], "MatMul": [], "Dropout": ["keep_prob"]}[operator.name]
+    return [compiled._compat.arguments_of(operator)[name] for name in names]
+
+
 class Scaled(nn.Cell):
     def __init__(self, factor):
         super().__init__()
@@ -71,6 +82,11 @@ class Scaled(nn.Cell):
 
     def construct(self, x):
         return self.dense(x) * self.factor + self.constant
+
+
+@pytest.fixture(autouse=True)
+def _these_cells_too(monkeypatch):
+    monkeypatch.setattr(compiled, "_TRUSTED", (*compiled._TRUSTED, "tests"))
 
 
 def of(cell, *shape):
@@ -103,9 +119,38 @@ def test_options_of_a_method_and_attributes_of_operators_are_in_it():
     assert of(adapted()) == of(adapted())
     assert of(adapted()) != of(adapted(alpha=3))
     assert of(adapted(dropout=0.1)) != of(adapted(dropout=0.2))
+    for first, second in (
+        (ops.Softmax(0), ops.Softmax(1)),
+        (ops.MatMul(), ops.MatMul(transpose_b=True)),
+        (ops.Dropout(0.4), ops.Dropout(0.5)),
+    ):
+        assert of(Holder(first)) == of(Holder(type(first)(*arguments(first))))
+        assert of(Holder(first)) != of(Holder(second))
     strategy = adapted()
     strategy[0].matmul.add_prim_attr("primitive_target", "CPU")
     assert of(strategy) != of(adapted())
+
+
+def test_which_cell_and_which_parameter_is_where_is_in_it():
+    class Two(nn.Cell):
+        def __init__(self, chosen, tied):
+            super().__init__()
+            self.a, self.b, self.c = nn.Dense(4, 4), nn.Dense(4, 4), nn.Dense(4, 4)
+            self.chosen = (self.a, self.b)[chosen]
+            self.c.weight = (self.a, self.b)[tied].weight
+
+    assert of(Two(0, 0)) == of(Two(0, 0))
+    assert len({of(Two(chosen, tied)) for chosen in (0, 1) for tied in (0, 1)}) == 4
+    buffered = [Scaled(1.0), Scaled(1.0)]
+    for value, cell in enumerate(buffered):
+        cell.register_buffer("shift", Tensor([value], ms.float32))
+    assert of(buffered[0]) != of(buffered[1])
+
+
+def test_networks_of_other_packages_have_none(monkeypatch):
+    monkeypatch.setattr(compiled, "_TRUSTED", ("mindspore", "mindpet"))
+    with pytest.raises(compiled._NotKnown, match="is a class of tests"):
+        of(Scaled(2.0))
 
 
 def test_what_cannot_be_told_apart_is_compiled_anew(tmp_path, monkeypatch):

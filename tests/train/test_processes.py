@@ -149,7 +149,7 @@ def test_masks_of_large_inputs_are_those_of_one_process_too(monkeypatch):
 
 
 def test_more_processes_than_rows_in_a_batch_are_refused(inputs, tmp_path):
-    with pytest.raises(RunFileError, match=r"parallel.processes=9 have no row each in a train.batch_size of 8"):
+    with pytest.raises(RunFileError, match=r"parallel.processes=9 is more than the 8 rows of a batch"):
         load_run(None, overrides(*inputs, tmp_path, "parallel.processes=9"))
 
 
@@ -201,7 +201,8 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
 
     watch = Watch(30, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
     begun = time.monotonic()
-    with pytest.raises(RuntimeError, match=r"Process 1 of 0 to 1 \(pid \d+\) was killed by signal 9 after step \d+"):
+    says = r"Process 1 of 2 \(counted from 0\) \(pid \d+\) was killed by signal 9 after step \d+"
+    with pytest.raises(RuntimeError, match=says):
         run.finetune(together, watch)
     assert watch.at == 0
     assert time.monotonic() - begun < 90

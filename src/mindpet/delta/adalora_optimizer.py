@@ -91,8 +91,13 @@ class AdaLoRAOptimizer(nn.Optimizer):
             self._averages("sensitivity", layers),
             self._averages("uncertainty", layers),
         )
-        self.mask = Parameter(Tensor(np.ones(len(layers) * self.rank, np.float32)), "adalora_mask", False)
-        self.step = Parameter(Tensor(np.zeros(1, np.int32)), "adalora_step", False)
+        first = next(iter(layers))  # another injection has other layers
+        self.mask = Parameter(Tensor(np.ones(len(layers) * self.rank, np.float32)), f"adalora_mask.{first}", False)
+        self.step = Parameter(Tensor(np.zeros(1, np.int32)), f"adalora_step.{first}", False)
+
+    def get_lr_parameter(self, param: Any) -> Any:
+        """The learning rate of a parameter, from the optimizer within."""
+        return self.optimizer.get_lr_parameter(param)
 
     def _averages(self, name: str, layers: dict[str, list[int]]) -> ParameterTuple:
         """Zeros for each layer: (r, in + out + 1), beside each singular value its row of A and its column of B."""

@@ -34,6 +34,8 @@ class ComputeDense(nn.Dense):
     Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, y ``(..., out)``. The output has the input's dtype.
     """
 
+    untransposed = False  # whether `delta_weight` is right for a weight (in, out) as well
+
     def __init__(
         self,
         in_channels: int,
@@ -70,6 +72,8 @@ class ComputeDense(nn.Dense):
                 f"A {type(dense).__name__} has a construct of its own, which a {cls.__name__} in its place would not "
                 "compute: exclude it, or place the layer by hand."
             )
+        if not getattr(dense.matmul, "transpose_b", True) and hasattr(cls, "delta_weight") and not cls.untransposed:
+            raise ValueError(f"For '{cls.__name__}', the weight must be (out, in), but this product takes (in, out).")
         layer = cls.__new__(cls)
         _share(dense, layer)
         own = getattr(dense, "compute_dtype", layer.weight.dtype)

@@ -107,6 +107,7 @@ class LoRADense(ComputeDense):
     """
 
     delta_method = "lora"
+    untransposed = True
     sharded = {
         "strategy_org_dense_matmul": Sharded("matmul", "rows in, out in"),
         "strategy_org_bias_add": Sharded("bias_add", "rows out, out"),
@@ -286,7 +287,7 @@ def fit(here: LoRAConfig, there: LoRAConfig, tensors: dict[str, np.ndarray]) -> 
 METHOD = Method(
     name="lora",
     config=LoRAConfig,
-    trainable=("*mindpet_delta_lora*",),
+    trainable=("*mindpet_delta_lora_[abAB]",),
     paper="Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685",
     adapt={
         nn.Dense: LoRADense.from_dense,

@@ -49,7 +49,7 @@ class LoRAFADense(BranchDense):
         """The same dense layer, weight and bias shared, with a new branch in the dtype of its weight."""
         layer = cls.borrow(dense)
         a, b = branch_start(config, dense.weight)
-        # a name that no pattern of what trains matches: LoRA's is *mindpet_delta_lora*
+        # a name that no pattern of what trains matches: of LoRA's and of this one
         layer.mindpet_delta_frozen_lora_fa_a = Parameter(a, "mindpet_delta_frozen_lora_fa_a", requires_grad=False)
         layer.mindpet_delta_lora_fa_b = Parameter(b, name="mindpet_delta_lora_fa_b")
         layer.lora_rank, layer.lora_alpha = config.rank, config.scaled_alpha

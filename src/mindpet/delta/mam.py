@@ -33,6 +33,10 @@ class MAMConfig(ParallelAdapterConfig, PrefixConfig):
 
     tokens: int = 30
 
+    def patterns(self) -> tuple[str, ...]:
+        """With the usual targets, a slot must be among them."""
+        return (*super().patterns(), *(prefix_layer.METHOD.targets if self.targets is None else ()))
+
 
 METHOD = Method(
     name="mam",

@@ -200,7 +200,7 @@ def fit(here: QLoRAConfig, there: QLoRAConfig, tensors: dict[str, np.ndarray]) -
 METHOD = Method(
     name="qlora",
     config=QLoRAConfig,
-    trainable=("*mindpet_delta_lora*",),
+    trainable=lora.METHOD.trainable,
     paper="Dettmers et al. 2023, QLoRA: Efficient Finetuning of Quantized LLMs, arXiv:2305.14314",
     adapt={nn.Dense: QLoRADense.from_dense},
     targets=LINEAR,

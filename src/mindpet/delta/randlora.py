@@ -68,7 +68,7 @@ class RandLoRADense(ReweightedDense):
 
     >>> dense, config = nn.Dense(6, 4), RandLoRAConfig(rank=3)
     >>> layer = RandLoRADense.from_dense(dense, config, shared_bases([dense], config))
-    >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_randlora_gamma.shape
+    >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_randlora_columns.shape
     ((3, 5, 4), (2, 4))
     """
 
@@ -89,7 +89,7 @@ class RandLoRADense(ReweightedDense):
 
         gamma = 1 / max(layer.count, layer.small)
         layer.mindpet_delta_randlora_lambda = part("mindpet_delta_randlora_lambda", "zeros", config.rank, layer.count)
-        layer.mindpet_delta_randlora_gamma = part("mindpet_delta_randlora_gamma", gamma, layer.count, layer.small)
+        layer.mindpet_delta_randlora_columns = part("mindpet_delta_randlora_columns", gamma, layer.count, layer.small)
         layer.mindpet_delta_randlora_base_a, layer.mindpet_delta_randlora_base_b = shared
         return layer
 
@@ -98,7 +98,7 @@ class RandLoRADense(ReweightedDense):
         a = self.mindpet_delta_randlora_base_a[:, :, : self.small].astype(mstype.float32)  # (rank, 1, small)
         b = self.mindpet_delta_randlora_base_b[: self.large, : self.count].astype(mstype.float32)  # (large, n, rank)
         rows = self.mindpet_delta_randlora_lambda.astype(mstype.float32).reshape((self.rank, self.count, 1))
-        a = rows * a * self.mindpet_delta_randlora_gamma.astype(mstype.float32)  # (rank, n, small)
+        a = rows * a * self.mindpet_delta_randlora_columns.astype(mstype.float32)  # (rank, n, small)
         together = self.count * self.rank
         delta = ops.matmul(b.reshape((self.large, together)), a.reshape((together, self.small))) * self.scale
         if weight.shape[0] < weight.shape[1]:
@@ -123,6 +123,11 @@ def shared_bases(cells: Sequence[nn.Dense], config: RandLoRAConfig) -> tuple[Par
 
     def base(name: str, value: np.ndarray) -> Parameter:
         deviation = value.std(ddof=1, dtype=np.float64).astype(np.float32)
+        if deviation == 0:
+            raise ValueError(
+                f"For 'RandLoRAConfig', the sparse base of {value.size} entries is all zeros: take another 'seed', a "
+                "larger 'rank', or leave 'very_sparse' out."
+            )
         if not config.sparse and not config.very_sparse:  # in bfloat16, as all that PEFT makes them of
             value = rounded_to_bfloat16(value / rounded_to_bfloat16(deviation.reshape(1)))
         else:
@@ -140,7 +145,7 @@ def shared_bases(cells: Sequence[nn.Dense], config: RandLoRAConfig) -> tuple[Par
 METHOD = Method(
     name="randlora",
     config=RandLoRAConfig,
-    trainable=("*mindpet_delta_randlora_lambda", "*mindpet_delta_randlora_gamma"),
+    trainable=("*mindpet_delta_randlora_lambda", "*mindpet_delta_randlora_columns"),
     paper="Albert et al. 2025, RandLoRA: Full-Rank Parameter-Efficient Fine-Tuning of Large Models, arXiv:2502.00987",
     adapt={nn.Dense: RandLoRADense.from_dense},
     share=shared_bases,
@@ -150,7 +155,7 @@ METHOD = Method(
         "RANDLORA",
         tensors={
             "randlora_lambda": "mindpet_delta_randlora_lambda",
-            "randlora_gamma": "mindpet_delta_randlora_gamma",
+            "randlora_gamma": "mindpet_delta_randlora_columns",
         },
         options={
             "r": "rank",

@@ -108,7 +108,7 @@ class _TrainablePart(nn.Cell):
         pass  # Cell.__init__ sets it; the training network's is what counts
 
     def parameters_and_names(self, name_prefix: str = "", expand: bool = True) -> Iterator[tuple[str, Parameter]]:
-        """The trainable parameters, those of the optimizer itself left out."""
+        """What trains, and what a method added that does not; what belongs to the optimizer itself is left out."""
         network = self._holder["saved"] or self._holder["training"]
         own = set()
         for _, cell in network.cells_and_names():
@@ -116,8 +116,11 @@ class _TrainablePart(nn.Cell):
                 trained = {id(parameter) for parameter in cell.parameters}
                 own |= {id(parameter) for parameter in cell.get_parameters() if id(parameter) not in trained}
         for name, parameter in network.parameters_and_names(name_prefix, expand):
-            if parameter.requires_grad and id(parameter) not in own:
+            if (parameter.requires_grad or _MARKER in name) and id(parameter) not in own:
                 yield name, parameter
+
+
+_MARKER = "mindpet_delta_"  # in the names of what a method added: random parts that do not train are in no base
 
 
 class _RemoveAfterwards(_compat.CheckpointManager):

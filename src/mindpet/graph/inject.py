@@ -314,12 +314,16 @@ def _selected(network: nn.Cell, config: DeltaConfig) -> set[int] | None:
     method = method_of(config)
     patterns = config.targets if config.targets is not None else ["*"]
     report = find_targets(network, patterns, (nn.Cell,), config.exclude, config.layers, method.linear)
-    own = {id(p) for cell in report.require_all().matched.values() for p in _compat.own_parameters(cell).values()}
+    cells = list(report.require_all().matched.values())
+    own = {id(p) for cell in cells for p in _compat.own_parameters(cell).values()}
     found = {
         id(parameter)
         for parameter, known in names_of_parameters(network)
         if id(parameter) in own and any(fnmatchcase(name, one) for name in known for one in method.trainable)
     }
+    if getattr(config, "include_norm", False):
+        norms = [cell for cell in cells if isinstance(cell, nn.LayerNorm)]
+        found |= {id(getattr(cell, name)) for cell in norms for name in method.norm_trainable}
     if not found:
         raise _checks.NothingFitsError(
             f"None of the cells that 'targets', 'exclude' and 'layers' leave has a parameter of the method "

@@ -22,6 +22,7 @@ from mindpet.interop.hf_peft import load_peft, peft_kind, save_peft
 from mindpet.models.loading import save_tensors
 from mindpet.models.pretrained import Pretrained, family_of, open_pretrained
 from mindpet.train.config import MethodSection, RunFileError, load_run, method_config, read_overrides
+from mindpet.train.counters import COUNTERS
 from mindpet.train.run import load_tuned, unfinished
 from mindpet.train.summary import summarise
 from mindpet.train.summary_table import per_cent
@@ -272,11 +273,14 @@ def method_options(name: str) -> dict[str, tuple[str, str]]:
 
 def _method_row(method: Method) -> dict[str, str]:
     kinds = {kind.__name__.removesuffix("2d").removesuffix("1d") for kind in method.adapt}
-    counted = summarise(_EXAMPLE, method.name, _EXAMPLE_OPTIONS.get(method.name))
+    trains = ""
+    if method.name in COUNTERS:
+        counted = summarise(_EXAMPLE, method.name, _EXAMPLE_OPTIONS.get(method.name))
+        trains = f"{counted.delta:,} ({per_cent(counted.delta / counted.base)})"
     layers = [make.__self__ for make in method.adapt.values() if hasattr(make, "__self__")]
     return {
         "method": method.name,
-        "trains on BERT-base": f"{counted.delta:,} ({per_cent(counted.delta / counted.base)})",
+        "trains on BERT-base": trains,
         "adapts": ", ".join(sorted(kinds)) or "nothing: it selects",
         "merges": "yes" if any(hasattr(layer, "delta_weight") for layer in layers) else "no",
         "PEFT": peft_kind(method) or "no",

@@ -2,11 +2,11 @@
 
 MindSpore's own compile cache keeps a graph, but it only looks at source files before it takes one: it would take the
 graph of a network with another alpha. So each graph has a directory of its own here, named by everything that it
-depends on: the sizes, options, constants and flags of every cell, the operators, what trains, the inputs, the source of
-this package and of the cells' modules, MindSpore and the kernels.
+depends on: the sizes, options, constants and flags of every cell, the operators with their arguments, which cell and
+which parameter is where, what trains, the inputs, the source of this package, MindSpore and the kernels. Only networks
+of MindSpore's cells and of this package's have a fingerprint.
 
-The directories are in ``MINDPET_CACHE`` (``~/.cache/mindpet`` by default). ``MINDPET_COMPILED=0`` keeps and takes
-none.
+Graphs are kept where ``MINDPET_COMPILED=1`` asks for it, in ``MINDPET_CACHE`` (``~/.cache/mindpet`` by default).
 """
 
 import hashlib
@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import types
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
@@ -34,6 +35,7 @@ from mindpet.kernels import build
 _log = logging.getLogger("mindpet")
 _KEPT = 100  # directories; the one that was not used for longest goes first
 _RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas")  # nothing that computes
+_TRUSTED = ("mindspore", "mindpet")  # packages whose cells are told of in full
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, np.generic)
 
 
@@ -48,10 +50,11 @@ def compile_once(cell: nn.Cell, *inputs: Any) -> bool:
     not, and its weights would be zeros.
 
     Returns:
-        Whether it was taken from an earlier run. False too where graphs are not kept: in PyNative mode, under
-        ``MINDPET_COMPILED=0``, or for a cell with something in it that has no fingerprint.
+        Whether an earlier run has left one. (MindSpore compiles anew if it finds it damaged.) False where graphs are
+        not kept: without ``MINDPET_COMPILED=1``, in PyNative mode, for a cell with something in it that has no
+        fingerprint.
     """
-    if not _compat.in_graph_mode() or os.environ.get("MINDPET_COMPILED", "1") == "0" or cell.compile_cache:
+    if not _compat.in_graph_mode() or os.environ.get("MINDPET_COMPILED") != "1" or cell.compile_cache:
         return False
     try:
         place = build.cache_directory() / "graphs" / fingerprint(cell, inputs)
@@ -96,10 +99,16 @@ def fingerprint(cell: nn.Cell, inputs: tuple) -> str:
         [_told_input(each) for each in inputs],
         [(p.name, p.shape, p.dtype, p.requires_grad) for p in cell.get_parameters()],
     ]
+    paths = {id(inner): path for path, inner in cell.cells_and_names()}
     for path, inner in cell.cells_and_names():
+        if not _of(type(inner).__module__, *_TRUSTED):
+            raise _NotKnown(f"{type(inner).__name__} at {path!r} is a class of {type(inner).__module__}")
         own = {name: value for name, value in vars(inner).items() if name not in _of_every_cell()}
         flags = (inner.training, inner.get_flags(), _compat.is_recomputed(inner))
-        facts.append((path, type(inner), flags, own, _compat.primitives_of(inner)))
+        children = {name: paths[id(child)] for name, child in _compat.children(inner).items()}  # shared ones too
+        parameters = {name: parameter.name for name, parameter in _compat.own_parameters(inner).items()}
+        held = (children, parameters, _compat.buffers_of(inner), _compat.named_primitives(inner))
+        facts.append((path, type(inner), flags, own, held))
     for fact in facts:
         digest.update(_told(fact).encode())
     return digest.hexdigest()[:32]
@@ -127,41 +136,38 @@ def _told(value: Any, depth: int = 0) -> str:
     if isinstance(value, dict):
         return f"{{{', '.join(f'{_told(k, depth + 1)}: {_told(v, depth + 1)}' for k, v in value.items())}}}"
     if isinstance(value, Primitive):
-        return f"{type(value).__qualname__} {value.name} {_told(value.get_attr_dict(), depth + 1)}"
+        return f"{type(value).__qualname__} {value.name} {_told(_compat.arguments_of(value), depth + 1)}"
     if is_dataclass(value) and not isinstance(value, type):
         return f"{_told(type(value))} {_told([getattr(value, each.name) for each in fields(value)], depth + 1)}"
     if isinstance(value, type):
-        return f"{value.__module__}.{value.__qualname__} {_source_of(value.__module__)}"
-    if isinstance(value, nn.Cell) or _is_of_mindspore(type(value).__module__):
-        return f"a {type(value).__qualname__}"  # cells are told of by their paths
+        return f"{value.__module__}.{value.__qualname__}"
+    if isinstance(value, nn.Cell):
+        raise _NotKnown(f"a {type(value).__name__} is in a list or in an attribute that MindSpore does not know of")
+    if _of(type(value).__module__, "mindspore"):
+        return f"a {type(value).__qualname__}"
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Cell):
         return f"{type(value.__self__).__qualname__}.{_told(value.__func__, depth + 1)}"
-    if isinstance(value, types.FunctionType) and (_is_of_mindspore(value.__module__) or not value.__closure__):
-        return f"{value.__module__}.{value.__qualname__} {_source_of(value.__module__)}"
+    if isinstance(value, types.FunctionType) and _is_known(value):
+        return f"{value.__module__}.{value.__qualname__}"
     raise _NotKnown(f"it holds a {type(value).__module__}.{type(value).__qualname__}")
 
 
-def _is_of_mindspore(module: str) -> bool:
-    return module.partition(".")[0] == "mindspore"
+def _is_known(function: types.FunctionType) -> bool:
+    """Whether its name says all that it does: none of ours that remembers something."""
+    ours = _of(function.__module__, *_TRUSTED) and not function.__closure__ and function.__name__ != "<lambda>"
+    return ours or _of(function.__module__, "mindspore")
+
+
+def _of(module: str, *packages: str) -> bool:
+    return module.partition(".")[0] in packages
 
 
 @cache
 def _of_every_cell() -> frozenset[str]:
     """Attributes that every Cell has for MindSpore's own use."""
-    starts = ("init_tensor",)  # what an nn.Embedding was started with
+    starts = ("init_tensor", "cell_list")  # what an nn.Embedding was started with, an nn.SequentialCell's children
     of_compiling = ("arguments_key", "phase", "compile_phase", "current_phase", "sequence_modified")
     return frozenset((*vars(nn.Cell()), *_RECORDS, *starts, *of_compiling, "__parse_method__", "__compile_cell_hook__"))
-
-
-@cache
-def _source_of(module: str) -> str:
-    """A hash of the file of a module; MindSpore's and ours are told of by themselves."""
-    if module.partition(".")[0] in ("mindspore", "mindpet", "builtins"):
-        return ""
-    path = getattr(sys.modules.get(module), "__file__", None)
-    if path is None or not Path(path).is_file():
-        raise _NotKnown(f"the module {module} has no file")
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 @cache
@@ -180,6 +186,7 @@ def _entry() -> str:
 
 def _forget_old(directory: Path) -> None:
     """Keep the directories that were used last."""
-    kept = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
-    for path in kept[:-_KEPT]:
-        shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):  # another process renames or removes some beside this one
+        kept = sorted((path for path in directory.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+        for path in kept[:-_KEPT]:
+            shutil.rmtree(path, ignore_errors=True)

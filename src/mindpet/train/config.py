@@ -162,7 +162,7 @@ class CompareSection(_Section):
     """What `mindpet compare` runs; `mindpet finetune` takes no notice of it."""
 
     methods: list[str] = Field(
-        [], description="for instance [lora, full, lora+r_drop]; every method and full fine-tuning when empty"
+        [], description="for instance [lora, full, lora+r_drop]; the six of the user document and full when empty"
     )
     seeds: list[Count] = Field([0, 1, 2], min_length=1, description="one run of each method for each of them")
     settings: dict[str, dict[str, Any]] = Field(
@@ -195,8 +195,8 @@ class RunConfig(_Section):
             raise ValueError("data.messages goes without data.prompt and data.response: a row is one or the other")
         if self.parallel.processes > self.train.batch_size:
             raise ValueError(
-                f"parallel.processes={self.parallel.processes} have no row each in a train.batch_size of "
-                f"{self.train.batch_size}, which is that of all of them together"
+                f"parallel.processes={self.parallel.processes} is more than the {self.train.batch_size} rows of a "
+                "batch (train.batch_size), of which each process takes a part"
             )
         return self
 

@@ -51,7 +51,11 @@ def _lora(cell: CellSizes, given: dict[str, Any]) -> int:
 
 def _lora_frozen(cell: CellSizes, given: dict[str, Any]) -> int:
     """A and B as they started, where the weight is what they started from."""
-    return given["rank"] * sum(cell.shapes["weight"]) if given["start"] in ("pissa", "olora") else 0
+    if given["start"] not in ("pissa", "olora"):
+        return 0
+    if cell.kind != "dense":
+        raise ValueError(f"'start' {given['start']!r} is for dense layers, and {cell.path} is none.")
+    return given["rank"] * sum(cell.shapes["weight"])
 
 
 def _qlora_kept(cell: CellSizes, given: dict[str, Any]) -> int:
@@ -245,6 +249,8 @@ def _miss(cell: CellSizes, given: dict[str, Any]) -> int:
 def _lokr(cell: CellSizes, given: dict[str, Any]) -> int:
     """The two factors of a Kronecker product."""
     out, into = cell.shapes["weight"]
+    if given["decompose_factor"] < 1 and given["decompose_factor"] != -1:
+        raise ValueError(f"'decompose_factor' must be a positive int or -1, but is {given['decompose_factor']}.")
     return factors(out, into, given["rank"], given["decompose_both"], given["decompose_factor"]).size
 
 

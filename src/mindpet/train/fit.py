@@ -19,7 +19,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet import _files
-from mindpet.graph.deltas import save_delta
+from mindpet.graph.deltas import delta_parameters, save_delta
 from mindpet.graph.optimizers import grouped, rate_factors, wrap_optimizer
 from mindpet.kernels import accelerate
 from mindpet.parallel.group import ALONE, Group
@@ -325,14 +325,20 @@ class Fit:
         return sum(p.size * p.itemsize for name, p in self._state().items() if name.startswith("optimizer/"))
 
     def _state(self) -> dict[str, Parameter]:
-        trained = {f"network/{parameter.name}": parameter for parameter in self.optimizer.parameters}
+        trained = {f"network/{parameter.name}": parameter for parameter in self._tuned()}
         known = {id(parameter) for parameter in trained.values()}
         own = {f"optimizer/{p.name}": p for p in self.optimizer.get_parameters() if id(p) not in known}
         return {**trained, **own}
 
+    def _tuned(self) -> list[Parameter]:
+        """What trains, and what the method added that does not."""
+        trained = list(self.optimizer.parameters)
+        known = {id(parameter) for parameter in trained}
+        return trained + [p for p in delta_parameters(self.network) if id(p) not in known]
+
     def _trained_digest(self) -> str:
         total = hashlib.sha256(self.digest.encode())
-        for parameter in self.optimizer.parameters:
+        for parameter in self._tuned():
             total.update(parameter.asnumpy().tobytes())
         return total.hexdigest()
 

@@ -191,7 +191,7 @@ def _lost(job: _Job, rank: int, how: str, step: int) -> ProcessLost:
     run_file = shlex.quote(str(job.place.parent / "run.yaml"))
     begun = (job.place.parent / "checkpoint.safetensors").is_file()
     return ProcessLost(
-        f"Process {rank} of 0 to {job.count - 1} {how}"
+        f"Process {rank} of {job.count} (counted from 0) {how}"
         + (f" after step {step}" if step else " before the first step")
         + "; the others were stopped."
         + (f" It said last:\n{lines}" if lines else "")

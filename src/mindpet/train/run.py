@@ -137,7 +137,7 @@ def finetune(
     weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
     reporter.message(
         f"{config.method.name} on {config.model.path}: {trainable:,} of {total:,} parameters train "
-        f"({trainable / total:.2%}). Compiling takes 5 to 60 seconds."
+        f"({trainable / total:.2%})." + (" Compiling takes 5 to 60 seconds." if config.train.mode == "graph" else "")
     )
     rows = prepared.train, prepared.test
     scores = scorer(network, prepared.task, group)

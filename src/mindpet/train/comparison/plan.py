@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from mindpet._methods import DOCUMENTED
 from mindpet._near import near
 from mindpet.delta.registry import METHODS, method_named
 from mindpet.train import run
@@ -107,7 +108,7 @@ def make_plan(config: RunConfig, methods: list[str] | None = None, seeds: list[i
         RunFileError: with every problem: unknown methods, settings that no run can have.
     """
     section, problems = config.compare, list[str]()
-    names = _names(methods or section.methods or [*METHODS, "full"], "compare.methods", problems)
+    names = _names(methods or section.methods or [*DOCUMENTED, "full"], "compare.methods", problems)
     settings: dict[str, dict[str, Any]] = {}
     for word, values in section.settings.items():
         for name in _names([word], "compare.settings", problems):
