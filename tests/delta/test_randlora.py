@@ -21,7 +21,7 @@ def formula(cell, large, small, rank):
     count = -(-small // rank)
     a, b, rows, columns = (
         getattr(cell, f"mindpet_delta_randlora_{name}").asnumpy().astype(np.float64)
-        for name in ("base_a", "base_b", "lambda", "gamma")
+        for name in ("base_a", "base_b", "lambda", "columns")
     )
     delta = np.zeros((large, small))
     for place in range(count * rank):
