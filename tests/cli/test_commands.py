@@ -111,7 +111,7 @@ def test_config_init_does_not_overwrite(tuned):
     [
         (["finetune", "none.yaml"], 2, "There is no run file none.yaml"),
         (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
-        (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora?"),
+        (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora"),
         (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 1, "nowhere that can be read"),
         (["finetune", "RUN", "--resume"], 1, "is finished"),
         (["finetune", "RUN"], 2, "--overwrite"),

@@ -255,9 +255,12 @@ def method_options(name: str) -> dict[str, tuple[str, str]]:
     """The options of a method: name to (default, meaning).
 
     Raises:
-        ValueError: there is no such method.
+        RunFileError: there is no such method.
     """
-    config = method_named(name).config
+    try:
+        config = method_named(name).config
+    except ValueError as error:
+        raise RunFileError(str(error)) from error
     meanings: dict[str, str] = {}
     for kind in reversed(config.__mro__):
         text = cleandoc(kind.__doc__ or "").partition("Attributes:")[2]
