@@ -14,16 +14,13 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Side, answer, load_of_machine
 
 SMOLLM2 = {
     "vocab_size": 49152,
@@ -58,6 +55,7 @@ def ours(network: str, method: str) -> Any:
 
     import mindpet
     from mindpet import models
+    from mindpet.train.compiled import compile_once
     from mindpet.train.dropout import DropoutKeys
     from mindpet.train.step import SummedLoss, TrainStep
 
@@ -94,6 +92,7 @@ def ours(network: str, method: str) -> Any:
         nonlocal count
         keys.set_step(count)
         count += 1
+        compile_once(step, *columns)  # kept for another run where MINDPET_COMPILED=1 asks for it
         return float(step(*columns)[0])
 
     return run
@@ -174,45 +173,9 @@ def add_adapters(model: Any) -> None:
         layer.output.dense = Adapted(layer.output.dense)
 
 
-def work(side: str, case: str) -> None:
-    """In a process of its own: a step for each line that comes in."""
-    run = {"ours": ours, "theirs": theirs}[side](*CASES[case])
-    for _ in sys.stdin:
-        begun = time.perf_counter()
-        loss = run()
-        taken = time.perf_counter() - begun
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print("answer", json.dumps({"seconds": taken, "loss": loss, "peak_mib": peak}), flush=True)
-
-
-class Side:
-    """The process of one side."""
-
-    def __init__(self, side: str, case: str):
-        words = [sys.executable, __file__, "--work", side, "--cases", case]
-        environment = {"GLOG_v": "3", **os.environ}
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env=environment)
-
-    def step(self) -> dict[str, float]:
-        """Have it make one step."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"a side ended with {self.process.wait()}")
-
-    def end(self) -> None:
-        """No more steps."""
-        self.process.communicate()
-
-
 def measure(case: str, rounds: int) -> dict[str, Any]:
     """Both sides of one case, in turn."""
-    sides = {name: Side(name, case) for name in ("ours", "theirs")}
+    sides = {name: Side(__file__, "--work", name, "--cases", case) for name in ("ours", "theirs")}
     row: dict[str, Any] = {}
     for name, side in sides.items():
         first = side.step()
@@ -220,9 +183,9 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
         side.step()  # the second one may still set things up
     for _ in range(rounds):
         for name, side in sides.items():
-            answer = side.step()
-            row[name]["times_ms"].append(1000 * answer["seconds"])
-            row[name]["peak_mib"] = answer["peak_mib"]
+            told = side.step()
+            row[name]["times_ms"].append(1000 * told["seconds"])
+            row[name]["peak_mib"] = told["peak_bytes"] / 2**20
     for name, side in sides.items():
         side.end()
         row[name]["median_ms"] = statistics.median(row[name]["times_ms"])
@@ -266,11 +229,9 @@ def main() -> None:
     parser.add_argument("--work", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.cases[0])
+        answer({"ours": ours, "theirs": theirs}[options.work](*CASES[options.cases[0]]))
         return
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"The machine is not quiet: load {load:.1f}. Times will be off, ratios less so.", flush=True)
+    load = load_of_machine()
     rows = {}
     for case in options.cases:
         rows[case] = row = measure(case, options.rounds)

@@ -12,15 +12,12 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from turns import Side, answer, load_of_machine
 
 KINDS: dict[str, dict[str, Any]] = {
     "lora": {},
@@ -86,56 +83,20 @@ def build(kind: str, batch: int, length: int) -> tuple[Any, dict[str, Any]]:
     return run, memory
 
 
-def work(kind: str, batch: int, length: int) -> None:
-    """In a process of its own: a step for each line that comes in."""
-    run, memory = build(kind, batch, length)
-    for _ in sys.stdin:
-        begun = time.perf_counter()
-        loss = run()
-        taken = time.perf_counter() - begun
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        answer = {"seconds": taken, "loss": loss, "peak_bytes": peak, "resident_bytes": resident(), **memory}
-        print("answer", json.dumps(answer), flush=True)
-
-
-class Side:
-    """The process of one kind."""
-
-    def __init__(self, kind: str, options: argparse.Namespace):
-        words = [sys.executable, __file__, "--work", kind, "--batch", str(options.batch)]
-        words += ["--length", str(options.length)]
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(words, stdin=pipe, stdout=pipe, text=True, env={"GLOG_v": "3", **os.environ})
-
-    def step(self) -> dict[str, float]:
-        """Have it make one step."""
-        assert self.process.stdin
-        assert self.process.stdout
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("answer "):
-                return json.loads(line.removeprefix("answer "))
-        raise SystemExit(f"a side ended with {self.process.wait()}")
-
-    def end(self) -> None:
-        """No more steps."""
-        self.process.communicate()
-
-
 def measure(kinds: list[str], options: argparse.Namespace) -> dict[str, Any]:
     """All kinds in turn."""
     rows: dict[str, Any] = {}
     sides = {}
     for kind in kinds:  # one after the other, or they would compile at the same time
-        sides[kind] = Side(kind, options)
+        sizes = "--batch", str(options.batch), "--length", str(options.length)
+        sides[kind] = Side(__file__, "--work", kind, *sizes)
         rows[kind] = {"first_step_s": sides[kind].step()["seconds"], "times_ms": []}
         sides[kind].step()  # the second one may still set things up
     for _ in range(options.rounds):
         for kind, side in sides.items():
-            answer = side.step()
-            rows[kind]["times_ms"].append(1000 * answer.pop("seconds"))
-            rows[kind].update(answer)
+            told = side.step()
+            rows[kind]["times_ms"].append(1000 * told.pop("seconds"))
+            rows[kind].update(told)
     for kind, side in sides.items():
         side.end()
         row, base = rows[kind], rows["lora"]
@@ -157,11 +118,10 @@ def main() -> None:
     parser.add_argument("--work", choices=list(KINDS), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        work(options.work, options.batch, options.length)
+        run, memory = build(options.work, options.batch, options.length)
+        answer(run, lambda: {"resident_bytes": resident(), **memory})
         return
-    load = os.getloadavg()[0]
-    if load > 0.5:
-        print(f"The machine is not quiet: load {load:.1f}. Times will be off, ratios less so.", flush=True)
+    load = load_of_machine()
     rows = measure(["lora", *(kind for kind in options.kinds if kind != "lora")], options)
     base, mebi = rows["lora"], 2**20
     for kind, row in rows.items():

@@ -87,7 +87,7 @@ def buffers_of(cell: nn.Cell) -> dict[str, Any]:
 
 def primitives_of(cell: nn.Cell) -> list[Any]:
     """The operators that a Cell holds itself, in the order in which it made them."""
-    return list(cell._primitives.values())
+    return list(named_primitives(cell).values())
 
 
 def children(cell: nn.Cell) -> dict[str, nn.Cell]:
@@ -159,13 +159,13 @@ def set_value(parameter: ms.Parameter, value: ms.Tensor) -> None:
 @contextmanager
 def compile_cache(directory: Path) -> Iterator[None]:
     """Within the block a graph that is compiled is kept in a directory, or taken from there."""
-    names = ("enable_compile_cache", "compile_cache_path")
-    before = {name: ms.get_context(name) for name in names}
+    enabled = bool(ms.get_context("enable_compile_cache"))  # None before anybody sets it
+    path = ms.get_context("compile_cache_path")
     ms.set_context(enable_compile_cache=True, compile_cache_path=str(directory))
     try:
         yield
     finally:
-        ms.set_context(**before)
+        ms.set_context(enable_compile_cache=enabled, compile_cache_path=path)
 
 
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:

@@ -308,7 +308,7 @@ def test_the_table_reads_well_in_a_hundred_columns(tmp_path):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--methods", "lora,bitfti"], "did you mean 'bitfit'?"),
+        (["--methods", "lora,bitfti"], "did you mean 'bitfit'"),
         (["--seeds", "0,x"], "--seeds takes whole numbers"),
         (["--only", "lora:7"], "--only lora:7: is not in this comparison"),
         (["compare.seds=[1]"], "did you mean 'seeds'"),
@@ -365,7 +365,7 @@ def test_a_summary_refuses_a_config_json_that_is_none(tmp_path, content):
         ([], "Give a run file, a model, or --preset"),
         (["--preset", "llama-7"], "did you mean 'llama-7b'"),
         (["llama-7b"], "Do you mean --preset llama-7b?"),
-        (["--preset", "gpt2", "--method", "lor"], "did you mean 'lora'?"),
+        (["--preset", "gpt2", "--method", "lor"], "did you mean 'lora'"),
         (["--preset", "gpt2", "--optimizer", "adma"], "did you mean 'adam'"),
     ],
 )

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Normal
 
 from mindpet import _checks
 from mindpet.delta.adalora_optimizer import PARTS, AdaLoRAOptimizer
@@ -100,7 +100,7 @@ class AdaLoRADense(BranchDense):
         rank, start = config.initial_rank, Normal(0.02)
         shapes = ((rank, dense.in_channels), (dense.out_channels, rank), (rank, 1))
         for name, shape, init in zip(PARTS, shapes, (start, start, "zeros")):
-            setattr(layer, name, Parameter(initializer(init, shape, dense.weight.dtype), name=name))
+            layer.add_delta(name, init, *shape)
         layer.scale = config.alpha / (rank + 1e-5)  # as PEFT computes it
         layer.dropout = get_dropout(float(config.dropout))
         return layer

@@ -199,9 +199,7 @@ class AdapterDense(ComputeDense):
         return layer
 
     def construct(self, x):
-        hidden = self.dense_rows(self.rows_of(x))  # (rows, out)
-        if self.activation_flag:
-            hidden = self.activation(hidden)
+        hidden = self.activated(self.dense_rows(self.rows_of(x)))  # (rows, out)
         return self.shaped_like(self.mindpet_delta_adapter(hidden), x)
 
     def shard(

@@ -25,7 +25,7 @@ from typing import ClassVar
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Normal
 
 from mindpet import _checks, _files
 from mindpet.delta.activation import build_activation
@@ -126,15 +126,9 @@ class AdapterFusionDense(ComputeDense):
         for adapter, tensors in zip(layer.mindpet_delta_fusion_adapters, trained):
             _fill(adapter, tensors, config.path)
         start = Normal(0.02)
-        layer.mindpet_delta_fusion_query = Parameter(
-            initializer(start, (out, out), dtype), name="mindpet_delta_fusion_query"
-        )
-        layer.mindpet_delta_fusion_query_bias = Parameter(
-            initializer("zeros", (out,), dtype), name="mindpet_delta_fusion_query_bias"
-        )
-        layer.mindpet_delta_fusion_key = Parameter(
-            initializer(start, (out, out), dtype), name="mindpet_delta_fusion_key"
-        )
+        layer.add_delta("mindpet_delta_fusion_query", start, out, out)
+        layer.add_delta("mindpet_delta_fusion_query_bias", "zeros", out)
+        layer.add_delta("mindpet_delta_fusion_key", start, out, out)
         layer.has_value = config.value
         if config.value:
             diagonal = np.full((out, out), 1e-6, np.float32)
@@ -161,9 +155,7 @@ class AdapterFusionDense(ComputeDense):
         return mixed
 
     def construct(self, x):
-        hidden = self.dense_rows(self.rows_of(x))  # (rows, out)
-        if self.activation_flag:
-            hidden = self.activation(hidden)
+        hidden = self.activated(self.dense_rows(self.rows_of(x)))  # (rows, out)
         return self.shaped_like(hidden + self.mix(hidden), x)
 
 

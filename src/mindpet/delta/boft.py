@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import ChangedInputDense
@@ -71,7 +70,7 @@ class BOFTDense(ChangedInputDense):
     def from_dense(cls, dense: nn.Dense, config: BOFTConfig) -> "BOFTDense":
         """The same dense layer, weight and bias shared, with new rotations in the dtype of its weight."""
         layer = cls.borrow(dense)
-        inputs, factors, dtype = dense.in_channels, config.butterfly_factors, dense.weight.dtype
+        inputs, factors = dense.in_channels, config.butterfly_factors
         blocks, size = config.blocks_of(inputs)
         if factors > 1 and (size % 2 or blocks % 2 ** (factors - 1)):
             raise ValueError(
@@ -79,12 +78,8 @@ class BOFTDense(ChangedInputDense):
                 f"{2 ** (factors - 1)} of them or a multiple, but {inputs} inputs have {blocks} of size {size}."
             )
         layer.factors, layer.size = factors, size
-        layer.mindpet_delta_boft_r = Parameter(
-            initializer("zeros", (factors, blocks, size, size), dtype), name="mindpet_delta_boft_r"
-        )
-        layer.mindpet_delta_boft_s = Parameter(
-            initializer("ones", (dense.out_channels, 1), dtype), name="mindpet_delta_boft_s"
-        )
+        layer.add_delta("mindpet_delta_boft_r", "zeros", factors, blocks, size, size)
+        layer.add_delta("mindpet_delta_boft_s", "ones", dense.out_channels, 1)
         orders = [butterfly(inputs, size, factor) if factor else np.arange(inputs) for factor in range(factors)]
         layer.there = Tensor(np.array([np.argsort(order) for order in orders]), mstype.int32)  # (factors, in)
         layer.back = Tensor(np.array(orders), mstype.int32)
@@ -103,11 +98,7 @@ class BOFTDense(ChangedInputDense):
     def construct(self, x):
         rows = self.matmul(self.changed_input(self.rows_of(x)), self.cast(self.weight, self.compute_dtype))
         rows = rows * self.cast(self.reshape(self.mindpet_delta_boft_s, (-1,)), self.compute_dtype)  # (rows, out)
-        if self.has_bias:
-            rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))
-        if self.activation_flag:
-            rows = self.activation(rows)
-        return self.shaped_like(rows, x)
+        return self.shaped_like(self.activated(self.biased(rows)), x)
 
     def delta_weight(self) -> Tensor:
         """What is added to W: s ∘ (W B_1^T ... B_m^T) - W, in float32."""

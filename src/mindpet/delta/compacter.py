@@ -135,9 +135,7 @@ class CompacterDense(ComputeDense):
         return layer
 
     def construct(self, x):
-        hidden = self.dense_rows(self.rows_of(x))  # (rows, out)
-        if self.activation_flag:
-            hidden = self.activation(hidden)
+        hidden = self.activated(self.dense_rows(self.rows_of(x)))  # (rows, out)
         inner = self.mindpet_delta_compacter_non_linear(self.mindpet_delta_compacter_down(hidden))  # (rows, size)
         return self.shaped_like(hidden + self.mindpet_delta_compacter_up(inner), x)
 

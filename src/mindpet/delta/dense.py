@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
+from mindspore.common.initializer import initializer
 
 from mindpet import _checks, _compat
 from mindpet.delta.activation import resolve_activation
@@ -90,6 +91,10 @@ class ComputeDense(nn.Dense):
         layer.shape_op = ops.Shape()
         return layer
 
+    def add_delta(self, name: str, start: Any, *shape: int) -> None:
+        """A new parameter of that name, in the dtype of the weight."""
+        setattr(self, name, Parameter(initializer(start, shape, self.weight.dtype), name=name))
+
     @property
     def base_weight(self) -> Parameter:
         """The weight that a delta is added to in merging."""
@@ -104,9 +109,18 @@ class ComputeDense(nn.Dense):
 
     def dense_rows(self, rows):
         """X W^T + b on rows: (rows, in) -> (rows, out)."""
-        rows = self.matmul(rows, self.cast(self.weight, self.compute_dtype))
+        return self.biased(self.matmul(rows, self.cast(self.weight, self.compute_dtype)))
+
+    def biased(self, rows):
+        """With b added, where there is one: (rows, out) -> (rows, out)."""
         if self.has_bias:
             rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))
+        return rows
+
+    def activated(self, rows):
+        """Through the activation, where there is one: (rows, out) -> (rows, out)."""
+        if self.activation_flag:
+            rows = self.activation(rows)
         return rows
 
     def shaped_like(self, rows, x):
@@ -116,10 +130,7 @@ class ComputeDense(nn.Dense):
         return self.cast(rows, x.dtype)
 
     def construct(self, x):
-        rows = self.dense_rows(self.rows_of(x))
-        if self.activation_flag:
-            rows = self.activation(rows)
-        return self.shaped_like(rows, x)
+        return self.shaped_like(self.activated(self.dense_rows(self.rows_of(x))), x)
 
 
 class BranchDense(ComputeDense):
@@ -134,10 +145,7 @@ class BranchDense(ComputeDense):
 
     def construct(self, x):
         rows = self.rows_of(x)
-        out = self.dense_rows(rows) + self.branch(rows)
-        if self.activation_flag:
-            out = self.activation(out)
-        return self.shaped_like(out, x)
+        return self.shaped_like(self.activated(self.dense_rows(rows) + self.branch(rows)), x)
 
 
 class ChangedInputDense(ComputeDense):
@@ -152,9 +160,7 @@ class ChangedInputDense(ComputeDense):
 
     def construct(self, x):
         rows = self.dense_rows(self.changed_input(self.rows_of(x)))  # (rows, out)
-        if self.activation_flag:
-            rows = self.activation(rows)
-        return self.shaped_like(rows, x)
+        return self.shaped_like(self.activated(rows), x)
 
     def delta_weight(self) -> Tensor:
         """W R^T - W in float32, in the shape of W."""
@@ -176,11 +182,7 @@ class ReweightedDense(ComputeDense):
 
     def construct(self, x):
         rows = self.matmul(self.rows_of(x), self.changed_weight(self.cast(self.weight, self.compute_dtype)))
-        if self.has_bias:
-            rows = self.bias_add(rows, self.cast(self.bias, self.compute_dtype))
-        if self.activation_flag:
-            rows = self.activation(rows)
-        return self.shaped_like(rows, x)
+        return self.shaped_like(self.activated(self.biased(rows)), x)
 
     def delta_weight(self) -> Tensor:
         """W' - W in float32, in the shape of W."""

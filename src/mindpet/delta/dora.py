@@ -91,11 +91,7 @@ class DoRADense(ComputeDense):
         branch = self.product(branch, self.cast(b, self.compute_dtype))  # (rows, out)
         out = self.matmul(rows, self.cast(self.weight, self.compute_dtype)) + branch * self.scale
         out = out * self.cast(self.ratios(self.turned()), self.compute_dtype)
-        if self.has_bias:
-            out = self.bias_add(out, self.cast(self.bias, self.compute_dtype))
-        if self.activation_flag:
-            out = self.activation(out)
-        return self.shaped_like(out, x)
+        return self.shaped_like(self.activated(self.biased(out)), x)
 
     def delta_weight(self) -> Tensor:
         """What the weight is changed by, in float32: m / n (W + alpha / r B A) - W."""

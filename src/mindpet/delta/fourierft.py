@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import Normal, initializer
+from mindspore.common.initializer import Normal
 
 from mindpet import _checks
 from mindpet.delta.dense import ReweightedDense
@@ -73,8 +73,8 @@ class FourierFTDense(ReweightedDense):
                 f"For 'FourierFTConfig', 'frequencies' must be at most {out * into}, the entries of a weight of shape "
                 f"{(out, into)}, but got {config.frequencies}."
             )
-        start = initializer("zeros" if config.start_at_zero else Normal(1.0), (config.frequencies,), dense.weight.dtype)
-        layer.mindpet_delta_fourierft_spectrum = Parameter(start, name="mindpet_delta_fourierft_spectrum")
+        start = "zeros" if config.start_at_zero else Normal(1.0)
+        layer.add_delta("mindpet_delta_fourierft_spectrum", start, config.frequencies)
         layer.places = Tensor(places(out, into, config.frequencies, config.seed))  # (frequencies, 2)
         layer.scaling = config.scaling
         return layer

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Tensor, nn
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet.delta.dense import ComputeDense
 from mindpet.delta.method import FEEDFORWARD, DeltaConfig, Method, PeftNames, patterns_of
@@ -68,9 +67,7 @@ class IA3Dense(ComputeDense):
         layer = cls.borrow(dense)
         layer.on_input = bool(config.feedforward)
         shape = (1, dense.in_channels) if layer.on_input else (dense.out_channels, 1)
-        layer.mindpet_delta_ia3_l = Parameter(
-            initializer("ones", shape, dense.weight.dtype), name="mindpet_delta_ia3_l"
-        )
+        layer.add_delta("mindpet_delta_ia3_l", "ones", *shape)
         return layer
 
     def construct(self, x):
@@ -80,9 +77,7 @@ class IA3Dense(ComputeDense):
             rows = self.dense_rows(rows * factors)  # (rows, out)
         else:
             rows = self.dense_rows(rows) * factors  # (rows, out)
-        if self.activation_flag:
-            rows = self.activation(rows)
-        return self.shaped_like(rows, x)
+        return self.shaped_like(self.activated(rows), x)
 
     def delta_weight(self) -> Tensor:
         """What is added to W: W with its rows, or its columns, times l - 1, in float32."""

@@ -11,8 +11,8 @@ The entrywise product of two matrices of rank r has a rank of up to r².
 
 from dataclasses import dataclass
 
-from mindspore import Parameter, nn
-from mindspore.common.initializer import Initializer, Normal, initializer
+from mindspore import nn
+from mindspore.common.initializer import Normal
 
 from mindpet.delta.dense import ReweightedDense
 from mindpet.delta.method import ATTENTION, Method, PeftNames, RankedConfig
@@ -46,15 +46,11 @@ class LoHaDense(ReweightedDense):
     def from_dense(cls, dense: nn.Dense, config: LoHaConfig) -> "LoHaDense":
         """The same dense layer, weight and bias shared, with a new delta in the dtype of its weight."""
         layer = cls.borrow(dense)
-
-        def part(name: str, start: str | Initializer, *shape: int) -> Parameter:
-            return Parameter(initializer(start, shape, dense.weight.dtype), name=name)
-
         out, into, rank = dense.out_channels, dense.in_channels, config.rank
-        layer.mindpet_delta_loha_b1 = part("mindpet_delta_loha_b1", Normal(0.1), out, rank)
-        layer.mindpet_delta_loha_a1 = part("mindpet_delta_loha_a1", Normal(1.0), rank, into)
-        layer.mindpet_delta_loha_b2 = part("mindpet_delta_loha_b2", "zeros", out, rank)
-        layer.mindpet_delta_loha_a2 = part("mindpet_delta_loha_a2", Normal(1.0), rank, into)
+        layer.add_delta("mindpet_delta_loha_b1", Normal(0.1), out, rank)
+        layer.add_delta("mindpet_delta_loha_a1", Normal(1.0), rank, into)
+        layer.add_delta("mindpet_delta_loha_b2", "zeros", out, rank)
+        layer.add_delta("mindpet_delta_loha_a2", Normal(1.0), rank, into)
         layer.scale = config.alpha / config.rank
         return layer
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import HeUniform, Initializer, initializer
+from mindspore.common.initializer import HeUniform, Initializer
 
 from mindpet import _checks
 from mindpet._kronecker import factors
@@ -76,15 +76,12 @@ class LoKrDense(BranchDense):
         return layer
 
     def _add_factor(self, name: str, shape: tuple[int, int], rank: int | None, start: str | Initializer) -> None:
-        def part(name: str, start: str | Initializer, *shape: int) -> None:
-            value = initializer(start, shape, self.weight.dtype)
-            setattr(self, f"mindpet_delta_lokr_{name}", Parameter(value, name=f"mindpet_delta_lokr_{name}"))
-
+        name = f"mindpet_delta_lokr_{name}"
         if rank is None:
-            part(name, start, *shape)
+            self.add_delta(name, start, *shape)
         else:
-            part(f"{name}_a", start, shape[0], rank)
-            part(f"{name}_b", HeUniform(negative_slope=math.sqrt(5)), rank, shape[1])
+            self.add_delta(f"{name}_a", start, shape[0], rank)
+            self.add_delta(f"{name}_b", HeUniform(negative_slope=math.sqrt(5)), rank, shape[1])
 
     def branch(self, rows):
         """Alpha / r (W1 ⊗ W2) x: with x as (m, n), W2 goes over its last axis, then W1 over the first.

@@ -172,9 +172,7 @@ class LoRADense(ComputeDense):
         branch = self.lora_a_matmul(branch, self.cast(self.mindpet_delta_lora_a, self.compute_dtype))  # (rows, rank)
         branch = self.lora_b_matmul(branch, self.cast(self.mindpet_delta_lora_b, self.compute_dtype))  # (rows, out)
         out = self.add(self.dense_rows(rows), self.mul(branch, self.scaling))
-        if self.activation_flag:
-            out = self.activation(out)
-        return self.shaped_like(out, x)
+        return self.shaped_like(self.activated(out), x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and B."""
@@ -251,9 +249,7 @@ class LoRAStartDense(LoRADense):
         start = self.lora_a_matmul(rows, self.cast(self.mindpet_delta_start_lora_a, self.compute_dtype))
         start = self.lora_b_matmul(start, self.cast(self.mindpet_delta_start_lora_b, self.compute_dtype))
         out = self.add(self.dense_rows(rows), self.mul(self.add(branch, start), self.scaling))
-        if self.activation_flag:
-            out = self.activation(out)
-        return self.shaped_like(out, x)
+        return self.shaped_like(self.activated(out), x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A and A0 in one, B and -B0 in one: a plain branch of twice the rank and the same scale."""

@@ -261,9 +261,7 @@ class LowRankAdapterDense(ComputeDense):
         return layer
 
     def construct(self, x):
-        hidden = self.dense_rows(self.rows_of(x))  # (rows, out)
-        if self.activation_flag:
-            hidden = self.activation(hidden)
+        hidden = self.activated(self.dense_rows(self.rows_of(x)))  # (rows, out)
         return self.shaped_like(self.mindpet_delta_low_rank_adapter(hidden), x)
 
     def shard(

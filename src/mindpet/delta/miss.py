@@ -8,9 +8,8 @@
 
 from dataclasses import dataclass
 
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import BranchDense
@@ -68,10 +67,7 @@ class MiSSDense(BranchDense):
         layer.shards = -(-dense.in_channels // config.rank)
         layer.missing = layer.shards * config.rank - dense.in_channels
         layer.dropout = get_dropout(float(config.dropout))
-        layer.mindpet_delta_miss_block = Parameter(
-            initializer("zeros", (config.rank, dense.out_channels), dense.weight.dtype),
-            name="mindpet_delta_miss_block",
-        )
+        layer.add_delta("mindpet_delta_miss_block", "zeros", config.rank, dense.out_channels)
         return layer
 
     def branch(self, rows):

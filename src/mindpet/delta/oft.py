@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import ChangedInputDense
@@ -136,10 +135,7 @@ class OFTDense(ChangedInputDense):
         if not entries:
             raise ValueError("For 'OFTConfig', blocks of size 1 have no rotation: give larger ones.")
         layer.size, layer.terms = size, config.terms if config.cayley_neumann else 0
-        layer.mindpet_delta_oft_q = Parameter(
-            initializer("zeros", (1 if config.block_share else blocks, entries), dense.weight.dtype),
-            name="mindpet_delta_oft_q",
-        )
+        layer.add_delta("mindpet_delta_oft_q", "zeros", 1 if config.block_share else blocks, entries)
         place = np.zeros((size, size), np.int32)  # of each entry of Q above the diagonal, row by row
         place[np.triu_indices(size, 1)] = np.arange(entries)
         layer.place = Tensor((place + place.T).reshape(-1))

@@ -14,8 +14,8 @@ and not the feed-forward network as a whole. The branch's input is that layer's.
 import math
 from dataclasses import dataclass
 
-from mindspore import Parameter, nn, ops
-from mindspore.common.initializer import HeUniform, Initializer, initializer
+from mindspore import nn, ops
+from mindspore.common.initializer import HeUniform
 
 from mindpet import _checks
 from mindpet.delta.activation import build_activation
@@ -66,16 +66,12 @@ class ParallelAdapterDense(BranchDense):
     def from_dense(cls, dense: nn.Dense, config: ParallelAdapterConfig) -> "ParallelAdapterDense":
         """The same dense layer, weight and bias shared, with a new bottleneck in the dtype of its weight."""
         layer = cls.borrow(dense)
-
-        def part(name: str, start: str | Initializer, *shape: int) -> Parameter:
-            return Parameter(initializer(start, shape, dense.weight.dtype), name=name)
-
         out, into, size = dense.out_channels, dense.in_channels, config.size
         start = HeUniform(negative_slope=math.sqrt(5))
-        layer.mindpet_delta_parallel_adapter_down = part("mindpet_delta_parallel_adapter_down", start, size, into)
-        layer.mindpet_delta_parallel_adapter_down_bias = part("mindpet_delta_parallel_adapter_down_bias", "zeros", size)
-        layer.mindpet_delta_parallel_adapter_up = part("mindpet_delta_parallel_adapter_up", "zeros", out, size)
-        layer.mindpet_delta_parallel_adapter_up_bias = part("mindpet_delta_parallel_adapter_up_bias", "zeros", out)
+        layer.add_delta("mindpet_delta_parallel_adapter_down", start, size, into)
+        layer.add_delta("mindpet_delta_parallel_adapter_down_bias", "zeros", size)
+        layer.add_delta("mindpet_delta_parallel_adapter_up", "zeros", out, size)
+        layer.add_delta("mindpet_delta_parallel_adapter_up_bias", "zeros", out)
         layer.mindpet_delta_parallel_adapter_non_linear = build_activation(
             cls.__name__, "non_linearity", config.non_linearity, unknown=ValueError
         )

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import ReweightedDense
@@ -83,13 +82,9 @@ class RandLoRADense(ReweightedDense):
         layer.small, layer.large = sorted((dense.in_channels, dense.out_channels))
         layer.count = math.ceil(layer.small / config.rank)
         layer.rank, layer.scale = config.rank, config.alpha / config.rank
-
-        def part(name: str, start: str | float, *shape: int) -> Parameter:
-            return Parameter(initializer(start, shape, dense.weight.dtype), name=name)
-
         gamma = 1 / max(layer.count, layer.small)
-        layer.mindpet_delta_randlora_lambda = part("mindpet_delta_randlora_lambda", "zeros", config.rank, layer.count)
-        layer.mindpet_delta_randlora_columns = part("mindpet_delta_randlora_columns", gamma, layer.count, layer.small)
+        layer.add_delta("mindpet_delta_randlora_lambda", "zeros", config.rank, layer.count)
+        layer.add_delta("mindpet_delta_randlora_columns", gamma, layer.count, layer.small)
         layer.mindpet_delta_randlora_base_a, layer.mindpet_delta_randlora_base_b = shared
         return layer
 

@@ -12,7 +12,6 @@ from typing import Literal
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import ReweightedDense
@@ -71,8 +70,7 @@ class SHiRADense(ReweightedDense):
                 f"For 'SHiRAConfig', 'rank' must leave at most {entries} values, the entries of a weight of shape "
                 f"{dense.weight.shape}, but got {config.rank}, which makes {count}."
             )
-        start = initializer("zeros", (count,), dense.weight.dtype)
-        layer.mindpet_delta_shira_values = Parameter(start, name="mindpet_delta_shira_values")
+        layer.add_delta("mindpet_delta_shira_values", "zeros", count)
         where = Tensor(places(dense, count, config))
         layer.mindpet_delta_shira_places = Parameter(where, name="mindpet_delta_shira_places", requires_grad=False)
         return layer

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
-from mindspore.common.initializer import initializer
 
 from mindpet import _checks
 from mindpet.delta.dense import BranchDense
@@ -70,13 +69,8 @@ class VeRADense(BranchDense):
     def from_dense(cls, dense: nn.Dense, config: VeRAConfig, shared: tuple[Parameter, Parameter]) -> "VeRADense":
         """The same dense layer, weight and bias shared, with new vectors in the dtype of its weight."""
         layer = cls.borrow(dense)
-        kind = dense.weight.dtype
-        layer.mindpet_delta_vera_lambda_b = Parameter(
-            initializer("zeros", (dense.out_channels,), kind), name="mindpet_delta_vera_lambda_b"
-        )
-        layer.mindpet_delta_vera_lambda_d = Parameter(
-            initializer(config.d_initial, (config.rank,), kind), name="mindpet_delta_vera_lambda_d"
-        )
+        layer.add_delta("mindpet_delta_vera_lambda_b", "zeros", dense.out_channels)
+        layer.add_delta("mindpet_delta_vera_lambda_d", config.d_initial, config.rank)
         layer.mindpet_delta_vera_a, layer.mindpet_delta_vera_b = shared
         layer.dropout = nn.Dropout(p=float(config.dropout))
         layer.product = ops.MatMul(transpose_b=True)

@@ -8,6 +8,7 @@ from mindspore import Parameter, nn, save_checkpoint
 from mindspore.train import CheckpointConfig, ModelCheckpoint, RunContext
 
 from mindpet import _checks, _compat
+from mindpet.graph.inject import MARKER
 from mindpet.utils.exceptions import AbsolutePathError, LinkPathError
 
 
@@ -108,7 +109,10 @@ class _TrainablePart(nn.Cell):
         pass  # Cell.__init__ sets it; the training network's is what counts
 
     def parameters_and_names(self, name_prefix: str = "", expand: bool = True) -> Iterator[tuple[str, Parameter]]:
-        """What trains, and what a method added that does not; what belongs to the optimizer itself is left out."""
+        """What trains, and what a method added that does not, such as random parts, which are in no base.
+
+        What belongs to the optimizer itself is left out.
+        """
         network = self._holder["saved"] or self._holder["training"]
         own = set()
         for _, cell in network.cells_and_names():
@@ -116,11 +120,8 @@ class _TrainablePart(nn.Cell):
                 trained = {id(parameter) for parameter in cell.parameters}
                 own |= {id(parameter) for parameter in cell.get_parameters() if id(parameter) not in trained}
         for name, parameter in network.parameters_and_names(name_prefix, expand):
-            if (parameter.requires_grad or _MARKER in name) and id(parameter) not in own:
+            if (parameter.requires_grad or MARKER in name) and id(parameter) not in own:
                 yield name, parameter
-
-
-_MARKER = "mindpet_delta_"  # in the names of what a method added: random parts that do not train are in no base
 
 
 class _RemoveAfterwards(_compat.CheckpointManager):

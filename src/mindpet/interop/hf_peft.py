@@ -138,7 +138,7 @@ def save_peft(
     methods = {one.delta_method for one in cells_by_path(network).values() if hasattr(one, "delta_method")}
     selecting = [method_of(one.config) for one in injections(network)]
     methods |= {one.name for one in selecting if not one.adapt and one.peft is not None}
-    if methods and (methods <= {"lora", "lora_fa", "qlora"} or methods == {"dora"}):
+    if methods and (methods <= {*WRITTEN} - {"dora"} or methods == {"dora"}):
         content, tensors = write_lora(network, modules, problems)
     elif methods and methods <= {"prefix", "ptuning2"}:
         content, tensors = write_prefix(modules, problems)
@@ -167,7 +167,8 @@ def save_peft(
 
 def peft_kind(method: Method) -> str:
     """PEFT's ``peft_type`` of what :func:`save_peft` writes for a method, or an empty str where PEFT has it not."""
-    if method.name in (*WRITTEN, "lora_plus"):
+    layers = [make.__self__ for make in method.adapt.values() if hasattr(make, "__self__")]
+    if any(getattr(layer, "delta_method", None) in WRITTEN for layer in layers):
         return "LORA"
     if method.name in ("prefix", "ptuning2"):
         return "PREFIX_TUNING"

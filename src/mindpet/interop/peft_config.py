@@ -31,14 +31,14 @@ _PROMPT = """
     prompt_tuning_init_state_dict_path prompt_tuning_init_task prompt_tuning_init_text token_dim tokenizer_kwargs
     tokenizer_name_or_path
 """
-_PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
+PROMPTS = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING")
 _TARGETS = """
     alpha_pattern bias exclude_modules fan_in_fan_out layers_pattern layers_to_transform rank_pattern target_modules
 """
 _FREE = set((_COMMON + _TARGETS).split())
 _FREE_OF = {"LORA": set((_COMMON + _LORA).split()), "PREFIX_TUNING": set((_COMMON + _PREFIX).split())}
-_FREE_OF |= {kind: set((_COMMON + _PROMPT).split()) for kind in _PROMPTS}
-_BEFORE_TOKENS = ("PREFIX_TUNING", *_PROMPTS)  # virtual ones, of a network and not of its modules
+_FREE_OF |= {kind: set((_COMMON + _PROMPT).split()) for kind in PROMPTS}
+_BEFORE_TOKENS = ("PREFIX_TUNING", *PROMPTS)  # virtual ones, of a network and not of its modules
 # Another computation unless the value is empty or false: what it would be.
 _REFUSED_OF = {
     "LORA": {

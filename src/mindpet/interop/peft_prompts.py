@@ -17,17 +17,14 @@ from mindpet.delta.multitask_prompt_tuning import MultitaskPromptTuning, Multita
 from mindpet.delta.p_tuning import PTuning
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.delta.prompt_tuning import PromptTuning, PromptTuningConfig
+from mindpet.interop.peft_config import PROMPTS
 from mindpet.interop.peft_modules import Modules, as_array, fits, missing_whole, read_whole, trained_whole
 
 _log = logging.getLogger("mindpet")
 _MODEL = "base_model."
 _TABLE, _COLUMNS, _ROWS = "prompt_embeddings", "prefix_task_cols", "prefix_task_rows"
 _SHARED, _U, _V = (f"mindpet_delta_multitask_prompt_tuning_{name}" for name in ("table", "u", "v"))
-KINDS: dict[str, Any] = {
-    "PROMPT_TUNING": PromptTuning,
-    "P_TUNING": PTuning,
-    "MULTITASK_PROMPT_TUNING": MultitaskPromptTuning,
-}
+KINDS: dict[str, Any] = dict(zip(PROMPTS, (PromptTuning, PTuning, MultitaskPromptTuning), strict=True))
 
 
 def read_prompts(

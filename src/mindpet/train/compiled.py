@@ -44,7 +44,7 @@ class _NotKnown(Exception):
 
 
 def compile_once(cell: nn.Cell, *inputs: Any) -> bool:
-    """Compile the graph of `cell` for these inputs, or take it from an earlier run.
+    """Compile the graph of `cell` for these inputs, or take it from an earlier run, unless it is compiled already.
 
     The parameters that the graph reads must be those of `cell`: a network that is only reached through a function is
     not, and its weights would be zeros.
@@ -54,7 +54,7 @@ def compile_once(cell: nn.Cell, *inputs: Any) -> bool:
         not kept: without ``MINDPET_COMPILED=1``, in PyNative mode, for a cell with something in it that has no
         fingerprint.
     """
-    if not _compat.in_graph_mode() or os.environ.get("MINDPET_COMPILED") != "1" or cell.compile_cache:
+    if os.environ.get("MINDPET_COMPILED") != "1" or not _compat.in_graph_mode() or cell.compile_cache:
         return False
     try:
         place = build.cache_directory() / "graphs" / fingerprint(cell, inputs)

@@ -187,7 +187,6 @@ class Fit:
         self.progress, self.saved_step = Progress(), 0
         self.digest = f"{train.digest()} {test.digest()}"
         self._stop: str | None = None
-        self._compiled: set[int] = set()
 
     def run(self, resume: bool = False) -> Progress:
         """Train until the steps are done, early stopping says so, or somebody interrupts.
@@ -350,16 +349,13 @@ class Fit:
         self.saved_step = self.progress.step
 
     def _restore(self) -> None:
-        from safetensors import SafetensorError, safe_open
-
         path = self.directory / CHECKPOINT
         if not path.is_file():
             raise CannotResume(f"There is no {path} to go on from: no step was saved before the run stopped.")
+        tensors, metadata = _files.read_tensors(path, CannotResume)
         try:
-            with safe_open(path, framework="np") as file:
-                state = json.loads(file.metadata()["state"])
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            state = json.loads(metadata["state"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CannotResume(f"{path} cannot be read: {error}") from error
         here = self._state()
         differ = sorted(tensors.keys() ^ here.keys())
@@ -377,11 +373,9 @@ class Fit:
         self.saved_step = self.progress.step
 
     def _compile(self, cell: nn.Cell, *rows: Any) -> None:
-        """Before the first call of a step: batches are all of one shape."""
-        if id(cell) not in self._compiled:
-            self._compiled.add(id(cell))
-            if compile_once(cell, *rows) and rows:  # of the two graphs of an accumulated step the large one
-                self.reporter.message("The step was compiled by an earlier run.")
+        """Before a call of a step: at the first one, batches are all of one shape."""
+        if compile_once(cell, *rows) and rows:  # of the two graphs of an accumulated step the large one
+            self.reporter.message("The step was compiled by an earlier run.")
 
     def stop(self, reason: str) -> None:
         """Ask the loop to save and end after the present step."""

@@ -102,9 +102,8 @@ def score_tokens(sums: SummedScores, rows: Encoded, batch_size: int, group: Grou
     """Scores over all tokens that count; the logits of no more than one batch are held."""
     sums.set_train(False)
     total = np.zeros(3)
-    for index, batch in enumerate(rows.batches(group.share(rows.count), group.part_of(batch_size))):
-        if index == 0:
-            compile_once(sums, *batch.values())
+    for batch in rows.batches(group.share(rows.count), group.part_of(batch_size)):
+        compile_once(sums, *batch.values())
         total += [float(value) for value in sums(*batch.values())]
     loss, hits, count = group.gather(total).sum(0)
     return LanguageScores(float(loss / count), float(hits / count), int(count))
@@ -117,8 +116,7 @@ def predict_logits(network: nn.Cell, rows: Encoded, batch_size: int, group: Grou
     outputs: list[np.ndarray] = []
     for batch in rows.batches(own, group.part_of(batch_size)):
         columns = list(batch.values())[:-1]
-        if not outputs:
-            compile_once(network, *columns)
+        compile_once(network, *columns)
         outputs.append(network(*columns).asnumpy())
     together = group.gather(np.concatenate(outputs)[: len(own)])  # (processes, rows of each, labels)
     return together.reshape(-1, together.shape[-1])[: rows.count].astype(np.float64)
