@@ -157,6 +157,17 @@ def set_value(parameter: ms.Parameter, value: ms.Tensor) -> None:
 
 
 @contextmanager
+def pynative_mode() -> Iterator[None]:
+    """Within the block every operator runs by itself, for what happens once and is not worth compiling."""
+    mode = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    try:
+        yield
+    finally:
+        ms.set_context(mode=mode)
+
+
+@contextmanager
 def compile_cache(directory: Path) -> Iterator[None]:
     """Within the block a graph that is compiled is kept in a directory, or taken from there."""
     enabled = bool(ms.get_context("enable_compile_cache"))  # None before anybody sets it

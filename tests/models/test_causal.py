@@ -15,6 +15,7 @@ from mindpet import (
     PrefixConfig,
     PTuning2Config,
     inject,
+    merge,
 )
 from tests.models.causal import FAMILIES, WORDS, build, fill, logits, tokens, write
 
@@ -327,3 +328,17 @@ def test_networks_learn():
     before, gradients = step()
     optimizer(gradients)
     assert loss().asnumpy() < before.asnumpy()
+
+
+def test_lora_on_the_table_of_a_tied_head_does_not_merge():
+    """The head multiplies with the table without the delta, so it would change."""
+    for family, fits in (("llama, tied", False), ("llama", True), ("gpt2", False), ("gpt2, untied", True)):
+        network, ids = build(family), tokens(2, 5)
+        fill(inject(network, LoRAConfig(rank=2, targets=["*embed_tokens" if "llama" in family else "*wte"])))
+        before = logits(network, ids)
+        if fits:
+            np.testing.assert_allclose(logits(merge(network), ids), before, atol=1e-4)
+        else:
+            with pytest.raises(ValueError, match="the head multiplies with its table .* too, and would change with it"):
+                merge(network)
+            np.testing.assert_array_equal(logits(network, ids), before)

@@ -63,6 +63,26 @@ def losses(directory):
     return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
 
 
+@pytest.mark.parametrize("method", ["prefix", "ptuning2", "mam"])
+def test_a_prefix_starts_as_if_the_first_tokens_had_been_read(model, story, tmp_path, method):
+    more = (f"method.name={method}", "method.tokens=4", "train.max_steps=1")
+    config = settings(model, story, tmp_path / "text", *more)
+    run.finetune(config)
+    begun = json.loads((tmp_path / "text" / "before.json").read_text())
+    run.finetune(settings(model, story, tmp_path / "random", *more, "train.prefix_start=random"))
+    assert abs(begun["perplexity"] - json.loads((tmp_path / "random" / "before.json").read_text())["perplexity"]) > 1e-3
+    prepared = prepare(config, Reporter())
+    network = run.build_network(settings(model, story, tmp_path, "method.name=full"), [])
+    ids = prepared.train.columns["input_ids"][0, :4]
+    assert prepared.train.columns["attention_mask"][0, :4].all()
+    held_out, losses = prepared.test, []
+    for row, mask, labels in zip(*(held_out.columns[n][: held_out.count] for n in held_out.columns)):
+        whole = np.concatenate([ids, row])[None], np.concatenate([np.ones(4, int), mask])[None].astype(np.int32)
+        chances = run.probabilities(network(*(Tensor(each.astype(np.int32)) for each in whole)).asnumpy()[0, 4:])
+        losses += [-math.log(chances[at, label]) for at, label in enumerate(labels) if label != IGNORED]
+    assert begun["evaluation_loss"] == pytest.approx(np.mean(losses), rel=1e-4)
+
+
 SMALL = {
     "low_rank_adapter": "method.reduction_factor=4",
     "prefix": "method.tokens=4",

@@ -460,12 +460,13 @@ def methods(
     """
     with _readable_errors():
         from mindpet.cli.screen import Screen, print_rows
-        from mindpet.train.artifacts import method_options, methods_table
+        from mindpet.train.artifacts import by_whom, method_options, methods_table
         from mindpet.train.counters import method_key
 
         console = Screen().console
         if name is None:
-            print_rows(console, methods_table())
+            rows = [{**row, "paper": by_whom(row["paper"])} for row in methods_table()]
+            print_rows(console, rows, spared=("paper", "adapts", "learning rate"))
             console.print("The options of one: mindpet methods NAME. The share is of BERT-base's parameters.")
             return
         options = method_options(name)  # an unknown name is said at once

@@ -1,9 +1,11 @@
 """What the user sees: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
 
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
@@ -15,6 +17,7 @@ from mindpet.train.metrics import LanguageScores, Scores
 if TYPE_CHECKING:
     from mindpet.train.artifacts import Inspection
 
+_WIDTH_OF_FILES = 200
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 _SCORES = (
     ("accuracy", "accuracy", "{:.2%}"),
@@ -34,6 +37,8 @@ class Screen(Reporter):
 
     def __init__(self, quiet: bool = False):
         self.console = Console(quiet=quiet, highlight=False)
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:  # in a file a table has the width that it needs
+            self.console.width = _WIDTH_OF_FILES
         self.progress: Progress | None = None
         self.total = 0
         self.last_line = 0.0
@@ -165,13 +170,17 @@ def print_inspection(console: Console, found: "Inspection", most: int = 12) -> N
     console.print(facts)
 
 
-def print_rows(console: Console, rows: list[dict[str, str]]) -> None:
-    """A table of dictionaries with the same keys."""
-    table = Table(show_lines=True)
-    for number, name in enumerate(rows[0]):
-        table.add_column(name, no_wrap=number == 0)
-    for row in rows:
-        table.add_row(*(Text(value) for value in row.values()))
+def print_rows(console: Console, rows: list[dict[str, str]], spared: tuple[str, ...] = ()) -> None:
+    """A table of dictionaries with the same keys; without the `spared` ones, in this order, that find no room."""
+    for count in range(len(spared) + 1):
+        names = [name for name in rows[0] if name not in spared[:count]]
+        table = Table(box=SIMPLE_HEAD, pad_edge=False)
+        for number, name in enumerate(names):
+            table.add_column(name, no_wrap=number == 0)
+        for row in rows:
+            table.add_row(*(Text(row[name]) for name in names))
+        if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
+            break
     console.print(table)
 
 

@@ -43,7 +43,7 @@ def merge(network: nn.Cell) -> nn.Cell:
     Raises:
         TypeError: `network` is not a Cell.
         ValueError: nothing to merge; a delta that is no matrix added to a weight (adapters, prefixes); a weight that
-            other cells use as well; a sum with NaN or infinity. All are named, and nothing is changed.
+            other cells or a tied head use as well; a sum with NaN or infinity. All are named, and nothing is changed.
     """
     require_in_place("merge", network)
     adapted = _adapted_cells(network)
@@ -56,12 +56,16 @@ def merge(network: nn.Cell) -> nn.Cell:
         raise ValueError(f"Nothing in this {type(network).__name__} can be merged: no cell of it is adapted.")
     users = owners(network)
     known = {path: cell for one in injections(network) for path, cell in one.originals.items()}
+    tied = [cell.tied_table for _, cell in network.cells_and_names() if hasattr(cell, "tied_table")]
     sums: dict[int, np.ndarray] = {}
     for path, cell in adapted.items():
         for base, delta in _parts(cell):
             if users[id(base)] > 1:
                 what = "bias" if base is getattr(cell, "bias", None) else "weight"
                 problems.append(f"{path}: other cells use its {what} {base.name} too, and would change with it")
+                continue
+            if any(base is table for table in tied) and not hasattr(cell, "table"):
+                problems.append(f"{path}: the head multiplies with its table {base.name} too, and would change with it")
                 continue
             quantised = base is cell.base_weight and hasattr(cell, "base_value")
             value = cell.base_value() if quantised else base.asnumpy()

@@ -6,6 +6,7 @@ from mindpet.models.generation import Generation, TextStream, generate, stream_t
 from mindpet.models.gpt2 import GPT2Config, GPT2LMHeadModel
 from mindpet.models.llama import LlamaConfig, LlamaForCausalLM
 from mindpet.models.loading import LoadReport, PretrainedFilesError
+from mindpet.models.prefix_start import start_prefix
 from mindpet.models.pretrained import (
     ChatTemplate,
     Pretrained,
@@ -36,5 +37,6 @@ __all__ = [
     "load_tokenizer",
     "mean_pool",
     "open_pretrained",
+    "start_prefix",
     "stream_text",
 ]

@@ -31,24 +31,26 @@ class KeyValueCache:
         lengths: tokens of each row so far, those of the prefix and virtual ones included. Lowering an entry forgets the
             last tokens.
         capacity: slots of each row, one of which is for padding.
+
+    A `bare` one begins without the network's prefix and virtual tokens.
     """
 
-    def __init__(self, network: "CausalLanguageModel", batch: int, length: int):
+    def __init__(self, network: "CausalLanguageModel", batch: int, length: int, bare: bool = False):
         self.batch = _checks.positive_int("new_cache", "batch", batch)
         length = _checks.positive_int("new_cache", "length", length)
-        pairs = _prefix_of(network)
+        pairs, virtual = ([], 0) if bare else (_prefix_of(network), network.prompt_slot.tokens)
         tokens = pairs[0][0].shape[0] if pairs else 0
         self.lengths = np.full(self.batch, tokens, np.int32)
         self._network = network
         self.capacity = 0
         self.buffers: tuple[Parameter, ...] = ()
-        self.reserve(tokens + network.prompt_slot.tokens + length)
+        self.reserve(tokens + virtual + length)
         parts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
         for index, part in enumerate(parts):
             rows = self._by_head(self.buffers[index])
             rows[:, :, :tokens] = part.transpose(1, 0, 2)
             self.buffers[index].set_data(Tensor(rows.reshape(self.buffers[index].shape)))
-        self._take_in_virtual(network.prompt_slot.tokens)
+        self._take_in_virtual(virtual)
 
     def _take_in_virtual(self, count: int) -> None:
         """The virtual tokens of the network go first, without dropout."""

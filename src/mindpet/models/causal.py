@@ -9,7 +9,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 from mindspore.common.initializer import Normal
 
@@ -38,6 +38,7 @@ class CausalLanguageModel(nn.Cell):
 
     config: Any
     positions: int
+    tied: bool
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **changes: Any) -> "tuple[Self, LoadReport]":
@@ -110,6 +111,11 @@ class CausalLanguageModel(nn.Cell):
     def prompt_slot(self) -> PromptSlot:
         """Where virtual tokens are, or could be."""
         raise NotImplementedError
+
+    @property
+    def tied_table(self) -> Parameter | None:
+        """The embedding's table, where the head multiplies with it too."""
+        return self.prompt_slot.words.embedding_table if self.tied else None
 
     def hidden_rows(self, input_ids, positions, hidden, extras):
         """The last layer, normalised, as rows: ids and positions ``(batch, n)`` to ``(batch * n, hidden)``.

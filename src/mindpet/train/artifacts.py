@@ -251,6 +251,16 @@ def methods_table() -> list[dict[str, str]]:
     return [_method_row(method) for method in METHODS.values()]
 
 
+def by_whom(paper: str) -> str:
+    """The authors and the year of a paper.
+
+    >>> by_whom("Hu et al. 2021, LoRA: Low-Rank Adaptation of Large Language Models, arXiv:2106.09685")
+    'Hu et al. 2021'
+    """
+    found = re.match(r".*? \d{4}", paper)
+    return found.group() if found else paper
+
+
 def method_options(name: str) -> dict[str, tuple[str, str]]:
     """The options of a method: name to (default, meaning).
 

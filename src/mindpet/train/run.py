@@ -18,10 +18,11 @@ from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import count_parameters, inject
 from mindpet.kernels import accelerate
+from mindpet.models.prefix_start import PREFIXES, start_prefix
 from mindpet.models.pretrained import family_of, open_pretrained
 from mindpet.parallel.group import join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
-from mindpet.train.data import DataError, Rows, encode
+from mindpet.train.data import DataError, Encoded, Rows, encode
 from mindpet.train.dropout import dropouts
 from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Reporter, read_metrics
 from mindpet.train.launch import launch
@@ -132,6 +133,8 @@ def finetune(
         raise RunFileError(f"train.batch_size={config.train.batch_size} is less than a row for {group.size} processes.")
     prepared = prepare(config, reporter)
     network = build_network(config, prepared.labels)
+    if prepared.task == "language" and not resume and config.train.prefix_start == "text":
+        _start_prefix(network, prepared.train)
     trainable = sum(parameter.size for parameter in network.trainable_params())
     total = count_parameters(network)
     weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
@@ -192,6 +195,13 @@ def finetune(
     _files.write_json(directory / "report.json", report)
     group.wait()
     return report
+
+
+def _start_prefix(network: nn.Cell, rows: Encoded) -> None:
+    """A prefix, if there is one, starts from the first tokens of the training rows."""
+    if isinstance(network.prefix_slot, PREFIXES):
+        ids, mask = (rows.columns[name][: rows.count] for name in ("input_ids", "attention_mask"))
+        start_prefix(network, ids[mask != 0])
 
 
 def _begin_directory(directory: Path, prepared: Prepared) -> None:

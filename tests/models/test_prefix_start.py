@@ -1,0 +1,43 @@
+"""A prefix that starts from tokens is what the network makes of these tokens."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+
+from mindpet import LoRAConfig, PrefixConfig, PTuning2Config, inject
+from mindpet.models import start_prefix
+from tests.models.causal import build, logits, tokens
+
+CONFIGS = [
+    PrefixConfig(tokens=5, embed_dim=8, mid_dim=8),
+    PrefixConfig(tokens=5, embed_dim=8, mid_dim=8, projection=False),
+    PTuning2Config(tokens=5),
+    PTuning2Config(tokens=5, projection=True, projection_dim=8),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_network_goes_on_as_after_the_tokens(mode, family, config):
+    network, ids, start = build(family), tokens(2, 6), tokens(1, 5, seed=3)[0]
+    whole = logits(network, np.concatenate([np.tile(start, (2, 1)), ids], 1))[:, 5:]
+    inject(network, config)
+    assert np.abs(logits(network, ids) - whole).max() > 1e-2
+    before = ms.get_context("mode")
+    start_prefix(network, start)
+    assert ms.get_context("mode") == before
+    np.testing.assert_allclose(logits(network, ids), whole, atol=2e-5)
+
+
+def test_few_tokens_are_taken_over_and_over():
+    one, two = (inject(build("llama"), PTuning2Config(tokens=5)) for _ in range(2))
+    start_prefix(one, [3, 4])
+    start_prefix(two, [3, 4, 3, 4, 3])
+    np.testing.assert_array_equal(logits(one, tokens(1, 4)), logits(two, tokens(1, 4)))
+
+
+def test_without_a_prefix_or_tokens_it_says_so():
+    with pytest.raises(ValueError, match="has no prefix: inject one first"):
+        start_prefix(inject(build("llama"), LoRAConfig(rank=2, targets=["*q_proj"])), [1])
+    with pytest.raises(ValueError, match="must be tokens to start from"):
+        start_prefix(inject(build("llama"), PTuning2Config(tokens=5)), [])
