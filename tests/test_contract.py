@@ -10,7 +10,8 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindpet import METHODS, eject, inject, load_delta, merge, save_delta, unmerge
-from mindpet.delta import PrefixSlot, PromptSlot
+from mindpet.delta import AdaptionSlot, PrefixSlot, PromptSlot
+from mindpet.delta.adaption_slot import attend_prompt
 from mindpet.delta.prompt_slot import before_rows
 from mindpet.graph import freeze_delta
 
@@ -18,11 +19,12 @@ WIDTH = 8
 
 
 class Attention(nn.Cell):
-    """Attends over its own positions and over a prefix."""
+    """Attends over its own positions, over a prefix, and beside it over a prompt."""
 
     def __init__(self):
         super().__init__()
         self.query, self.key, self.value = (nn.Dense(WIDTH, WIDTH) for _ in range(3))
+        self.adaption = AdaptionSlot(WIDTH)
 
     def construct(self, x, prefix):
         query, key, value = self.query(x), self.key(x), self.value(x)  # (batch, seq, width)
@@ -31,7 +33,12 @@ class Attention(nn.Cell):
             key = ops.concat((ops.tile(prefix[0].reshape((1, -1, WIDTH)).astype(x.dtype), shape), key), 1)
             value = ops.concat((ops.tile(prefix[1].reshape((1, -1, WIDTH)).astype(x.dtype), shape), value), 1)
         weights = ops.softmax(ops.bmm(query, key.transpose((0, 2, 1))), -1)
-        return ops.bmm(weights, value)
+        mixed = ops.bmm(weights, value)
+        prompt = self.adaption()
+        if len(prompt) > 0:
+            rows = prompt[0].astype(x.dtype)
+            mixed = mixed + attend_prompt(query, self.key(rows), self.value(rows), prompt[1], WIDTH // 2)
+        return mixed
 
 
 class Tiny(nn.Cell):

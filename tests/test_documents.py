@@ -2,8 +2,10 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,17 @@ DOCUMENTS = [
     *sorted(f"docs/{path.relative_to(ROOT / 'docs')}" for path in (ROOT / "docs").rglob("*.md")),
 ]
 PAIRS = [("README.md", "README.zh.md"), ("docs/guide.md", "docs/zh/guide.md")]
+RUNNABLE = [
+    *(english for english, _ in PAIRS),
+    "docs/add-a-method.md",
+    "docs/how-to/merge-and-switch.md",
+    "docs/how-to/peft.md",
+    "docs/how-to/run-file.md",
+    "docs/migration.md",
+    "docs/parallel.md",
+    "docs/reference/index.md",
+    "docs/troubleshooting.md",
+]
 
 
 def blocks(path, language):
@@ -26,7 +39,7 @@ def without_comments(code):
     return [re.sub(r"\s*#.*", "", line) for line in code.splitlines() if not line.strip().startswith("#")]
 
 
-@pytest.mark.parametrize("path", [*(english for english, _ in PAIRS), "docs/add-a-method.md", "docs/parallel.md"])
+@pytest.mark.parametrize("path", RUNNABLE)
 def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     header = f"import mindspore as ms\nms.set_context(mode=ms.{mode.upper()}_MODE)\n"
     script = tmp_path / "document.py"
@@ -101,6 +114,7 @@ def test_run_files_in_documents_and_examples_are_valid():
     from mindpet.train.config import RunConfig
 
     whole = [blocks("docs/guide.md", "yaml")[0], *blocks("docs/language.md", "yaml")]
+    whole += [*blocks("docs/run-file.md", "yaml"), *blocks("docs/how-to/run-file.md", "yaml")]
     whole += [path.read_text() for path in sorted((ROOT / "examples").rglob("*.yaml"))]
     for text in whole:
         content = yaml.safe_load(text)
@@ -124,3 +138,75 @@ def test_the_table_of_methods_is_what_the_registry_says():
     for cells, row in zip(written, methods_table(), strict=True):
         name, *rest = row.values()
         assert cells == [f"[{name}]({name}.md)", *rest[:-1]]
+
+
+def test_the_page_on_the_run_file_is_what_its_script_makes():
+    from dataclasses import fields
+
+    from mindpet.delta import DeltaConfig
+
+    script = runpy.run_path(str(ROOT / "scripts" / "run_file_reference.py"))
+    written = (ROOT / "docs" / "run-file.md").read_text()
+    assert written == script["page"](), "python scripts/run_file_reference.py writes it anew"
+    for field in fields(DeltaConfig):
+        assert f"| `{field.name}` |" in written
+
+
+REFERENCE = {  # the pages of the reference: what mkdocs makes from the docstring of this object
+    entry: path.name
+    for path in sorted((ROOT / "docs" / "reference").glob("*.md"))
+    for entry in re.findall(r"^::: (\S+)$", path.read_text(), re.MULTILINE)
+}
+
+
+@pytest.mark.parametrize(
+    "package",
+    ["mindpet", *(f"mindpet.{name}" for name in ("delta", "graph", "interop", "kernels", "models", "parallel"))],
+)
+def test_every_public_name_is_in_the_reference(package):
+    module = import_module(package)
+    shown = {id(found(entry)) for entry in REFERENCE}
+    missing = [name for name in module.__all__ if name != "__version__" and id(getattr(module, name)) not in shown]
+    assert not missing
+
+
+def test_what_the_reference_shows_is_there_and_has_a_docstring():
+    names = [entry for entry in REFERENCE if entry.rpartition(".")[2] != "METHODS"]
+    assert all(found(entry).__doc__ for entry in names)
+
+
+def found(entry):
+    """The object that an entry of the reference names."""
+    module, _, name = entry.rpartition(".")
+    return getattr(import_module(module), name)
+
+
+def test_docstrings_become_markdown():
+    as_markdown = runpy.run_path(str(ROOT / "scripts" / "docstrings.py"))["as_markdown"]
+    text = """A layer.
+
+.. math:: y = x W^T
+    + b
+
+As :class:`~mindpet.delta.LoRADense`.
+
+>>> 1 + 1
+2
+"""
+    fenced = """A layer.
+
+
+```tex
+y = x W^T
++ b
+```
+
+As `mindpet.delta.LoRADense`.
+
+
+```pycon
+>>> 1 + 1
+2
+```
+"""
+    assert as_markdown(text) == fenced

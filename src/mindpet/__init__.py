@@ -11,6 +11,7 @@ __version__ = "1.1.0"
 _HOMES = {
     "AdaLoRAConfig": "mindpet.delta",
     "AdapterConfig": "mindpet.delta",
+    "AdaptionPromptConfig": "mindpet.delta",
     "BOFTConfig": "mindpet.delta",
     "AdapterFusionConfig": "mindpet.delta",
     "BitFitConfig": "mindpet.delta",
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
         AdaLoRAConfig,
         AdapterConfig,
         AdapterFusionConfig,
+        AdaptionPromptConfig,
         BitFitConfig,
         BOFTConfig,
         CompacterConfig,

@@ -25,6 +25,7 @@ MODULES = {
     "prompt_tuning": "prompt_tuning",
     "p_tuning": "p_tuning",
     "multitask_prompt_tuning": "multitask_prompt_tuning",
+    "adaption_prompt": "adaption_prompt",
     "dora": "dora",
     "lora_fa": "lora_fa",
     "qlora": "qlora",

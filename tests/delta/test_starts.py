@@ -8,6 +8,7 @@ from mindpet import (
     METHODS,
     AdaLoRAConfig,
     AdapterFusionConfig,
+    AdaptionPromptConfig,
     BOFTConfig,
     CompacterConfig,
     FourierFTConfig,
@@ -27,6 +28,8 @@ from mindpet import (
 from mindpet.delta import (
     AdaLoRADense,
     AdapterFusionDense,
+    AdaptionPrompt,
+    AdaptionSlot,
     BOFTDense,
     CompacterDense,
     FourierFTDense,
@@ -101,6 +104,13 @@ def test_a_multitask_prompt_starts_near_zero():
     normal(filled.mindpet_delta_multitask_prompt_tuning_u, 0.02)
     normal(filled.mindpet_delta_multitask_prompt_tuning_v, 0.02)
     assert np.abs(filled().asnumpy()).max() < 0.02
+
+
+def test_an_adaption_prompt_starts_as_numbers_behind_a_closed_gate():
+    """PEFT's: standard normal numbers, and a gate of zero, as in the paper."""
+    prompt, gate = AdaptionPrompt.from_slot(AdaptionSlot(40), AdaptionPromptConfig(tokens=300))()
+    normal(prompt, 1.0)
+    np.testing.assert_array_equal(gate.asnumpy(), [0])
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "lora_fa"])

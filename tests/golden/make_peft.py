@@ -1,10 +1,11 @@
-"""Make tests/golden/peft anew: adapters that Hugging Face PEFT trained and wrote, for a BERT of a few hundred weights.
+"""Make tests/golden/peft anew: adapters that Hugging Face PEFT trained and wrote, for networks of some hundred weights.
 
 Run it with the extra 'interop' installed: PYTHONHASHSEED=0 python tests/golden/make_peft.py [CASE ...]
 
-``base/`` is the BERT. The directory of each case has the two files as PEFT wrote them (0.21.2, with torch 2.13 and
-transformers 5.24), and ``expected.json``: the logits that PEFT computes, how many parameters train, and the gradient of
-the loss by the name that the parameter has in the file. Named cases are made anew, and the others are left alone.
+``base/`` is a BERT, ``base_llama/`` and ``base_gpt2/`` are language models. The directory of each case has the two
+files as PEFT wrote them (0.21.2, with torch 2.13 and transformers 5.24), and ``expected.json``: the logits that PEFT
+computes, how many parameters train, the gradient of the loss by the name that the parameter has in the file, and the
+base if it is not the BERT. Named cases and language models are made anew, and the others are left alone.
 """
 
 import inspect
@@ -130,6 +131,44 @@ CASES = {
         **TARGETS,
     },
 }
+LANGUAGE = {  # base to class, configuration and its sizes
+    "base_llama": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        {
+            "vocab_size": 11,
+            "hidden_size": 8,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 8,
+            "max_position_embeddings": 12,
+            "initializer_range": 0.25,
+        },
+    ),
+    "base_gpt2": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        {
+            "vocab_size": 11,
+            "n_embd": 8,
+            "n_layer": 2,
+            "n_head": 2,
+            "n_positions": 12,
+            "resid_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "attn_pdrop": 0.0,
+            "initializer_range": 0.4,
+            "bos_token_id": None,
+            "eos_token_id": None,
+        },
+    ),
+}
+PROMPT = {"kind": peft.AdaptionPromptConfig, "adapter_len": 3, "task_type": "CAUSAL_LM"}
+CASES |= {
+    "adaption_prompt": {**PROMPT, "on": "base_llama", "adapter_layers": 2},
+    "adaption_prompt_gpt2": {**PROMPT, "on": "base_gpt2", "adapter_layers": 1},
+}
 INPUTS = {
     "input_ids": [[1, 2, 3, 4, 5, 6], [7, 8, 9, 10, 0, 0]],
     "attention_mask": [[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]],
@@ -137,9 +176,12 @@ INPUTS = {
 }
 
 
-def base():
-    """The same BERT every time, of no name and no place."""
+def base(on="base"):
+    """The same network every time, of no name and no place."""
     torch.manual_seed(1)
+    if on in LANGUAGE:
+        network, config, sizes = LANGUAGE[on]
+        return network(config(**sizes)).eval()
     model = transformers.BertForSequenceClassification(transformers.BertConfig(**SIZES))
     backbone = model.bert.forward
     if "past_key_values" not in inspect.signature(backbone).parameters:  # newer transformers call it `cache`
@@ -152,11 +194,11 @@ def base():
     return model.eval()
 
 
-def tuned(kind=None, **options):
+def tuned(kind=None, on="base", **options):
     """Four steps of Adam with PEFT."""
     torch.manual_seed(2)
     kind = kind or (peft.PrefixTuningConfig if "num_virtual_tokens" in options else peft.LoraConfig)
-    model = peft.get_peft_model(base(), kind(**options))
+    model = peft.get_peft_model(base(on), kind(**options))
     optimizer = torch.optim.Adam([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.05)
     for step in range(1, 5):
         optimizer.zero_grad()
@@ -168,10 +210,17 @@ def tuned(kind=None, **options):
 
 
 def loss(model):
-    return model(**tensors(model), labels=torch.tensor([0, 2])).loss
+    inputs = tensors(model)
+    return model(**inputs, labels=inputs["input_ids"] if predicts_tokens(model) else torch.tensor([0, 2])).loss
+
+
+def predicts_tokens(model):
+    return model.config.model_type in ("llama", "gpt2")
 
 
 def tensors(model):
+    if predicts_tokens(model):  # without padding
+        return {"input_ids": torch.tensor(INPUTS["input_ids"])}
     task = {"task_ids": torch.tensor([0, 0])} if getattr(model, "peft_type", "") == "MULTITASK_PROMPT_TUNING" else {}
     return {name: torch.tensor(rows) for name, rows in INPUTS.items()} | task
 
@@ -205,12 +254,20 @@ def main(*cases):
         shutil.rmtree(HERE, ignore_errors=True)
         base().save_pretrained(HERE / "base")
     (HERE / "base" / "expected.json").write_text(json.dumps({"inputs": INPUTS, "logits": logits_of(base())}) + "\n")
+    for on in LANGUAGE:
+        if not cases or on in cases:
+            base(on).save_pretrained(HERE / on)
+            (HERE / on / "generation_config.json").unlink()
+            content = {"inputs": {"input_ids": INPUTS["input_ids"]}, "logits": logits_of(base(on))}
+            (HERE / on / "expected.json").write_text(json.dumps(content) + "\n")
     for case in cases or CASES:
+        if case in LANGUAGE:
+            continue
         model = tuned(**CASES[case])
         shutil.rmtree(HERE / case, ignore_errors=True)
         model.save_pretrained(HERE / case)
         (HERE / case / "README.md").unlink()  # an empty model card
-        expected = {"logits": logits_of(model)}
+        expected = {"logits": logits_of(model)} | ({"base": on} if (on := CASES[case].get("on")) else {})
         expected["trains"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
         expected["gradients"] = gradients(model)
         (HERE / case / "expected.json").write_text(json.dumps(expected) + "\n")

@@ -15,22 +15,38 @@ from mindpet import AdapterConfig, BitFitConfig, LoRAConfig, PrefixConfig, PTuni
 from mindpet.delta import LoRADense
 from mindpet.graph import eject, freeze_delta, merge
 from mindpet.interop import PeftFormatError, load_peft, save_peft
-from mindpet.models import BertForSequenceClassification
+from mindpet.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 EXPECTED = {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/expected.json"))}
-BASE = EXPECTED.pop("base")
+BASES = {name: EXPECTED.pop(name) for name in ("base", "base_llama", "base_gpt2")}
+BASE = BASES["base"]
+LANGUAGE = {"base_llama": LlamaForCausalLM, "base_gpt2": GPT2LMHeadModel}
 CASES = list(EXPECTED)
 ENCODED = ("prefix_projection", "p_tuning", "p_tuning_lstm")  # what they trained through is not in the file
 QUERY = "base_model.model.bert.encoder.layer.0.attention.self.query"
 
 
-def network(**changes):
-    return BertForSequenceClassification.from_pretrained(GOLDEN / "base", num_labels=3, **changes)[0].set_train(False)
+def network(case="query_value", **changes):
+    base = base_of(case)
+    if base in LANGUAGE:
+        return LANGUAGE[base].from_pretrained(GOLDEN / base, **changes)[0].set_train(False)
+    return BertForSequenceClassification.from_pretrained(GOLDEN / base, num_labels=3, **changes)[0].set_train(False)
+
+
+def base_of(case):
+    return EXPECTED[case].get("base", "base")
+
+
+def inputs_of(cell):
+    if isinstance(cell, BertForSequenceClassification):
+        return [Tensor(np.array(rows, np.int32)) for rows in BASE["inputs"].values()]
+    ids = Tensor(np.array(BASES["base_llama"]["inputs"]["input_ids"], np.int32))
+    return [ids, ops.ones_like(ids)]
 
 
 def logits(cell):
-    return cell(*(Tensor(np.array(rows, np.int32)) for rows in BASE["inputs"].values())).asnumpy()
+    return cell(*inputs_of(cell)).asnumpy()
 
 
 def tensors(directory):
@@ -67,16 +83,18 @@ def test_logits_equal_those_of_peft(mode, case):
 
 @in_both_modes([case for case in CASES if case not in ENCODED])
 def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, case):
-    cell = load_peft(network(), GOLDEN / case)
+    cell = load_peft(network(case), GOLDEN / case)
     parameters = cell.trainable_params()
     assert sum(parameter.size for parameter in parameters) == EXPECTED[case]["trains"]
-    labels = Tensor([0, 2], ms.int32)
+    inputs = inputs_of(cell)
+    causal = base_of(case) in LANGUAGE
+    labels = inputs[0][:, 1:].reshape(-1) if causal else Tensor([0, 2], ms.int32)
 
     def loss(*inputs):
         predicted = cell(*inputs)
-        return ops.cross_entropy(predicted, labels), predicted
+        judged = predicted[:, :-1].reshape((-1, predicted.shape[-1])) if causal else predicted
+        return ops.cross_entropy(judged, labels), predicted
 
-    inputs = (Tensor(np.array(rows, np.int32)) for rows in BASE["inputs"].values())
     gradients, (predicted,) = ops.grad(loss, None, ms.ParameterTuple(parameters), has_aux=True)(*inputs)
     np.testing.assert_allclose(predicted.asnumpy(), EXPECTED[case]["logits"], atol=1e-5)
     for parameter, gradient in zip(parameters, gradients):
@@ -91,17 +109,18 @@ def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, 
 
 @pytest.mark.parametrize("case", CASES)
 def test_eject_takes_out_what_was_read(case):
-    cell = load_peft(network(), GOLDEN / case)
-    assert np.abs(logits(cell) - BASE["logits"]).max() > 0.1
-    np.testing.assert_array_equal(logits(eject(cell)), logits(network()))
+    cell = load_peft(network(case), GOLDEN / case)
+    assert np.abs(logits(cell) - BASES[base_of(case)]["logits"]).max() > 0.1
+    np.testing.assert_array_equal(logits(eject(cell)), logits(network(case)))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_read_is_written_bit_for_bit(tmp_path, case):
-    save_peft(load_peft(network(), GOLDEN / case), tmp_path, base_model="tiny", task_type="SEQ_CLS")
+    save_peft(load_peft(network(case), GOLDEN / case), tmp_path, base_model="tiny", task_type="SEQ_CLS")
     before, after = tensors(GOLDEN / case), tensors(tmp_path)
     for name, value in after.items():
         np.testing.assert_array_equal(value, before[name], err_msg=name)
+        assert value.shape == before[name].shape or ".adaption_" not in name
     copies = (".modules_to_save.", ".original_module.", ".randlora_A", ".randlora_B")  # of what is there elsewhere
     missing = {name for name in before.keys() - after.keys() if not any(copy in name for copy in copies)}
     assert not missing
@@ -118,8 +137,8 @@ def test_what_was_read_is_written_bit_for_bit(tmp_path, case):
     for key in ours.keys() - loose:
         assert ours[key] == theirs[key], key
     assert (ours["base_model_name_or_path"], ours["task_type"]) == ("tiny", "SEQ_CLS")
-    again = load_peft(network(), tmp_path)
-    np.testing.assert_array_equal(logits(again), logits(load_peft(network(), GOLDEN / case)))
+    again = load_peft(network(case), tmp_path)
+    np.testing.assert_array_equal(logits(again), logits(load_peft(network(case), GOLDEN / case)))
 
 
 def test_what_trained_goes_on_training():

@@ -9,6 +9,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet import (
     AdapterConfig,
+    AdaptionPromptConfig,
     BitFitConfig,
     LoRAConfig,
     LowRankAdapterConfig,
@@ -28,6 +29,7 @@ METHODS = {
     "low_rank_adapter": LowRankAdapterConfig(reduction_factor=4),
     "prefix": PrefixConfig(tokens=3, embed_dim=8, mid_dim=8),
     "ptuning2": PTuning2Config(tokens=3),
+    "adaption_prompt": AdaptionPromptConfig(tokens=3),
 }
 
 
@@ -158,7 +160,7 @@ def test_a_cache_continues_as_the_whole_text_does(mode, family):
     np.testing.assert_array_equal(greedy_with_cache(network, ids, 8), greedy(network, ids, 8, 14))
 
 
-@pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gpt2", "ptuning2")])
+@pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gpt2", "ptuning2"), ("llama", "adaption_prompt")])
 def test_a_cache_knows_deltas_in_both_modes(mode, kind, method):
     test_a_cache_knows_deltas(kind, method)
 

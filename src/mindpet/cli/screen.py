@@ -37,7 +37,7 @@ class Screen(Reporter):
 
     def __init__(self, quiet: bool = False):
         self.console = Console(quiet=quiet, highlight=False)
-        if not self.console.is_terminal and "COLUMNS" not in os.environ:  # in a file a table has the width that it needs
+        if not self.console.is_terminal and "COLUMNS" not in os.environ:  # a file has no edge
             self.console.width = _WIDTH_OF_FILES
         self.progress: Progress | None = None
         self.total = 0

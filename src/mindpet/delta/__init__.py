@@ -3,6 +3,8 @@
 from mindpet.delta.adalora import AdaLoRAConfig, AdaLoRADense, AdaLoRAOptimizer
 from mindpet.delta.adapter import AdapterConfig, AdapterDense, AdapterLayer
 from mindpet.delta.adapter_fusion import AdapterFusionConfig, AdapterFusionDense
+from mindpet.delta.adaption_prompt import AdaptionPrompt, AdaptionPromptConfig
+from mindpet.delta.adaption_slot import AdaptionSlot
 from mindpet.delta.bitfit import BitFitConfig
 from mindpet.delta.boft import BOFTConfig, BOFTDense
 from mindpet.delta.compacter import CompacterConfig, CompacterDense
@@ -47,6 +49,9 @@ __all__ = [
     "AdapterFusionConfig",
     "AdapterFusionDense",
     "AdapterLayer",
+    "AdaptionPrompt",
+    "AdaptionPromptConfig",
+    "AdaptionSlot",
     "BOFTConfig",
     "BOFTDense",
     "BitFitConfig",

@@ -74,6 +74,10 @@ class DeltaConfig:
         """Further patterns on the paths of adapted cells, each of which must match one."""
         return ()
 
+    def narrowed(self, matched: dict[str, nn.Cell]) -> dict[str, nn.Cell]:
+        """Those of the targeted cells, by path, that are adapted: all, but for methods that choose among them."""
+        return matched
+
     def stored(self) -> "Self":
         """What a saved delta keeps of it; methods that read other files to begin with leave those out."""
         return self
@@ -129,7 +133,7 @@ def same_configuration(here: Any, there: Any, tensors: dict[str, Any]) -> dict[s
         ValueError: the two compute differently.
     """
     here, there = here.stored(), there.stored()
-    harmless = ("targets", "exclude", "layers", "modules_to_save", "dropout", "start")
+    harmless = ("targets", "exclude", "layers", "top_layers", "modules_to_save", "dropout", "start")
     differ = [
         f"{entry.name} was {getattr(there, entry.name)!r} and is {getattr(here, entry.name)!r} here"
         for entry in fields(here)
@@ -155,6 +159,7 @@ class PeftNames:
         shared: names of tensors that all modules share, without a path before them, to the parameter's name here.
         modules: key that lists modules, or ends of their paths, to the attribute of the configuration here: patterns,
             which at the path of one that it does not mean are none.
+        topmost: key that says in how many modules it is: the last ones of those that it could be in.
         selected: for a method that only selects parameters: what there stands between the path of a module that it
             trains and the names of the module's own tensors.
         lacks: keys of other methods that this one's configuration does not have there.
@@ -171,6 +176,7 @@ class PeftNames:
     turned: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, str] = field(default_factory=dict)
+    topmost: str = ""
     selected: str = ""
     lacks: tuple[str, ...] = ()
     unpack: Callable[[dict[str, Any], dict[str, Any]], dict[str, Any]] | None = None

@@ -72,7 +72,7 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
         return [f"peft_type is {_checks.shown(kind)}, but only {', '.join([*_FREE_OF, *names])} are read here"]
     problems, refused = [], _REFUSED_OF.get(kind, {})
     own = names.get(kind)
-    free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free, *own.modules}
+    free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free, *own.modules, own.topmost}
     for key, value in config.items():
         if key in free:
             continue

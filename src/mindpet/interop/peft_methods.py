@@ -66,6 +66,19 @@ def read_method(
     values |= kept
     problems += peft_config.promised(content, parts, modules.cells, tuple(method.adapt), method.name)
     problems += missing_whole(content, whole, parts, modules)
+    if names.topmost:
+        able: list[str] = _able(method, modules)
+        count: Any = content.get(names.topmost)
+        known = type(count) is int and 0 < count <= len(able)
+        meant = able[-count:] if known else list(parts)
+        if not known:
+            problems.append(f"{names.topmost} is {count!r}, and must be from 1 to {len(able)} for this network")
+        problems += [f"missing in the file: {method.name} of {module}" for module in meant if module not in parts]
+        problems += [
+            f"unexpected in the file: {module} is not one of the topmost {count}"
+            for module in parts
+            if module in able and module not in meant
+        ]
     options = {ours: content[key] for key, ours in names.options.items() if content.get(key) is not None}
     for key, ours in names.modules.items():
         ends = content.get(key)
@@ -152,6 +165,10 @@ def write_method(
         content[key] = _ends_of(chosen, content["target_modules"])
         if {m for m in adapted if peft_config.ends_with(content[key], m)} != set(chosen):
             content["target_modules"], content[key] = list(adapted), chosen
+    if names.topmost:
+        content[names.topmost] = len(adapted)
+        if list(adapted) != _able(method, modules)[-len(adapted) :]:
+            problems.append(f"PEFT's {names.kind} is in the topmost layers, and here there are others: {list(adapted)}")
     if bias != "none":
         content["bias"] = bias
     for key in names.lacks:
@@ -163,6 +180,11 @@ def write_method(
     if names.pack is not None:
         tensors = names.pack(content, tensors)
     return content, tensors
+
+
+def _able(method: Method, modules: Modules) -> list[str]:
+    """The modules that it could be in, in the order of the network."""
+    return [module for module, (_, cell) in modules.cells.items() if isinstance(cell, tuple(method.adapt))]
 
 
 def _names(method: Method) -> PeftNames:

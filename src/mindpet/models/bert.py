@@ -16,6 +16,7 @@ from mindspore.common.initializer import Normal
 from mindspore.nn.utils import no_init_parameters
 
 from mindpet import _checks, _files
+from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot, before_rows, ones_before
 from mindpet.models.attention import DotProductAttention, attend
@@ -145,13 +146,20 @@ class BertSelfAttention(nn.Cell):
         self.value = nn.Dense(hidden, hidden, weight_init=start, bias_init="zeros")
         heads = config.num_attention_heads
         self.core = DotProductAttention(heads, heads, hidden // heads, config.attention_probs_dropout_prob)
+        self.adaption = AdaptionSlot(hidden)
+        self.head_dim = hidden // heads
 
     def construct(self, rows, mask, prefix):
         batch, hidden = mask.shape[0], rows.shape[-1]
         query = self.query(rows).reshape((batch, -1, hidden))
         key = self.key(rows).reshape((batch, -1, hidden))
         value = self.value(rows).reshape((batch, -1, hidden))
-        return attend(self.core, query, key, value, mask, prefix).reshape((-1, hidden))
+        mixed = attend(self.core, query, key, value, mask, prefix)
+        prompt = self.adaption()
+        if len(prompt) > 0:
+            virtual = prompt[0].astype(rows.dtype)  # (tokens, hidden)
+            mixed = mixed + attend_prompt(query, self.key(virtual), self.value(virtual), prompt[1], self.head_dim)
+        return mixed.reshape((-1, hidden))
 
 
 class BertOutput(nn.Cell):

@@ -13,6 +13,7 @@ from typing import Any
 from mindspore import nn, ops
 
 from mindpet import _checks
+from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
@@ -120,13 +121,21 @@ class GPT2Attention(nn.Cell):
         self.c_proj = _dense(config.n_embd, config.n_embd, config)
         self.resid_dropout = nn.Dropout(p=config.resid_pdrop)
         self.core = DotProductAttention(self.heads, self.heads, self.head_dim, config.attn_pdrop)
+        self.adaption = AdaptionSlot(config.n_embd)
 
     def construct(self, rows, mask, extra):
         batch, width = mask.shape[0], self.heads * self.head_dim
         parts = self.c_attn(rows).reshape((batch, -1, 3 * width))
         query, key, value = parts[..., :width], parts[..., width : 2 * width], parts[..., 2 * width :]
         mixed = attend(self.core, query, key, value, mask, extra)  # (batch, seq, heads * head_dim)
-        return self.resid_dropout(self.c_proj(mixed.reshape((-1, width))))
+        mixed = self.resid_dropout(self.c_proj(mixed.reshape((-1, width))))
+        prompt = self.adaption()
+        if len(prompt) > 0:  # past the output projection, where PEFT has it
+            virtual = self.c_attn(prompt[0].astype(rows.dtype))  # (tokens, 3 * width)
+            key, value = virtual[:, width : 2 * width], virtual[:, 2 * width :]
+            found = attend_prompt(query, key, value, prompt[1], self.head_dim)
+            mixed = mixed + found.reshape((-1, width))
+        return mixed
 
 
 class GPT2MLP(nn.Cell):

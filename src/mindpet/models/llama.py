@@ -14,6 +14,7 @@ from mindspore import dtype as mstype
 from mindspore.common.initializer import initializer
 
 from mindpet import _checks
+from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
@@ -177,6 +178,7 @@ class LlamaAttention(nn.Cell):
         self.v_proj = _dense(hidden, self.kv_heads * self.head_dim, config.attention_bias, config)
         self.o_proj = _dense(self.heads * self.head_dim, hidden, config.attention_bias, config)
         self.core = DotProductAttention(self.heads, self.kv_heads, self.head_dim, config.attention_dropout)
+        self.adaption = AdaptionSlot(hidden)
 
     def construct(self, rows, mask, cos, sin, extra):
         batch = mask.shape[0]
@@ -184,6 +186,10 @@ class LlamaAttention(nn.Cell):
         key = self.turned(self.k_proj(rows), batch, cos, sin)  # (batch, seq, kv_heads * dim)
         value = self.v_proj(rows).reshape((batch, -1, self.kv_heads * self.head_dim))
         mixed = attend(self.core, query, key, value, mask, extra)
+        prompt = self.adaption()
+        if len(prompt) > 0:
+            virtual = prompt[0].astype(rows.dtype)  # (tokens, hidden)
+            mixed = mixed + attend_prompt(query, self.k_proj(virtual), self.v_proj(virtual), prompt[1], self.head_dim)
         return self.o_proj(mixed.reshape((-1, self.heads * self.head_dim)))
 
     def turned(self, rows, batch, cos, sin):

@@ -202,6 +202,11 @@ def _multitask_prompt_tuning(cell: CellSizes, given: dict[str, Any]) -> int:
     return tokens * hidden + given["num_tasks"] * given["rank"] * (tokens + hidden)
 
 
+def _adaption_prompt(cell: CellSizes, given: dict[str, Any]) -> int:
+    """A table and a gate."""
+    return given["tokens"] * cell.slot[1] + 1
+
+
 def _vera(cell: CellSizes, given: dict[str, Any]) -> int:
     """Two vectors; the matrices are shared and do not train."""
     return given["rank"] + cell.shapes["weight"][0]
@@ -401,6 +406,12 @@ COUNTERS = {
     "multitask_prompt_tuning": Counter(
         {"tokens": 20, "rank": 1, "num_tasks": 1}, ("task",), ("prompts",), _PROMPTS, _multitask_prompt_tuning
     ),
+    "adaption_prompt": Counter(
+        {"tokens": 10, "top_layers": None},
+        adapts=("adaption",),
+        targets=dict.fromkeys(_ATTENTION, ("*.adaption",)),
+        added=_adaption_prompt,
+    ),
     "vera": Counter(
         {"rank": 256}, ("dropout", "d_initial", "seed"), ("dense",), _ATTENTION, _vera, shared=_vera_shared
     ),
@@ -465,7 +476,7 @@ COUNTERS["qlora"] = replace(
 )
 COUNTERS["lora_fa"] = replace(COUNTERS["lora"], adapts=("dense",), added=_lora_fa, frozen=_lora_fa_frozen)
 COUNTERS["lora_plus"] = replace(COUNTERS["lora"], others=(*COUNTERS["lora"].others, "ratio"))
-ALIASES = {"prefixtuning": "prefix"}
+ALIASES = {"prefixtuning": "prefix", "llama_adapter": "adaption_prompt"}
 
 
 def method_key(name: str) -> str:

@@ -18,7 +18,7 @@ from mindspore import dtype as mstype
 
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
-from mindpet.graph.inject import replace_cell
+from mindpet.graph.inject import replace_cells
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build, operators
 from mindpet.parallel.group import ALONE, Group
@@ -110,12 +110,12 @@ class DropoutKeys:
         words = generator.integers(-(2**31), 2**31, _POOL, dtype=np.int64).astype(np.int32) | 1
         shared = Parameter(Tensor(words), name="mindpet_dropout_words", requires_grad=False)
         self.keys = Parameter(Tensor(self._words_for(0)), name="mindpet_dropout_keys", requires_grad=False)
+        replacements = {}
         for site, (path, cell) in enumerate(sites.items()):
             # a prefix and virtual tokens belong to no sample
             place = (0, 1, 1) if path.startswith(tuple(shared_by_all)) else (group.rank, part, batch_size)
-            new = ResumableDropout(_probability(cell), shared, self.keys, site, *place)
-            new.set_train(cell.training)
-            replace_cell(network, path, new)
+            replacements[path] = ResumableDropout(_probability(cell), shared, self.keys, site, *place)
+        replace_cells(network, replacements)
         for cell in cells_by_path(network).values():
             if hasattr(cell, "resumable"):  # attention by a kernel, which drops by itself
                 cell.resumable = isinstance(cell.original.dropout, ResumableDropout)

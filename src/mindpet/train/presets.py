@@ -18,10 +18,11 @@ class CellSizes:
 
     Attributes:
         path: where it is.
-        kind: ``dense``, ``embedding``, ``norm`` (LayerNorm), ``rms_norm``, ``slot``, where a prefix may go, or
-            ``prompts``, where virtual tokens may go.
-        shapes: parameter name to shape; a slot has none, nor have prompts.
-        slot: layers, and size of all keys of a layer together, of a slot; 1 and the size of an embedding, of prompts.
+        kind: ``dense``, ``embedding``, ``norm`` (LayerNorm), ``rms_norm``, ``slot``, where a prefix may go,
+            ``prompts``, where virtual tokens may go, or ``adaption``, where a prompt beside attention may.
+        shapes: parameter name to shape; the last three have none.
+        slot: layers, and size of all keys of a layer together, of a slot; 1 and the size of an embedding, of the other
+            two.
     """
 
     path: str
@@ -126,6 +127,10 @@ def _prompts(path: str, hidden: int) -> CellSizes:
     return CellSizes(path, "prompts", slot=(1, hidden))
 
 
+def _adaption(path: str, hidden: int) -> CellSizes:
+    return CellSizes(path, "adaption", slot=(1, hidden))
+
+
 def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
     hidden, inner, layers = sizes["hidden_size"], sizes["intermediate_size"], sizes["num_hidden_layers"]
     at = "bert.embeddings"
@@ -138,6 +143,7 @@ def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
     for layer in range(layers):
         at = f"bert.encoder.layer.{layer}"
         cells += [_dense(f"{at}.attention.self.{name}", hidden, hidden) for name in ("query", "key", "value")]
+        cells.append(_adaption(f"{at}.attention.self.adaption", hidden))
         cells += [
             _dense(f"{at}.attention.output.dense", hidden, hidden),
             _norm(f"{at}.attention.output.LayerNorm", hidden),
@@ -156,7 +162,8 @@ def _gpt2(sizes: Mapping[str, Any]) -> list[CellSizes]:
     for layer in range(layers):
         at = f"transformer.h.{layer}"
         cells += [_norm(f"{at}.ln_1", hidden), _dense(f"{at}.attn.c_attn", hidden, 3 * hidden)]
-        cells += [_dense(f"{at}.attn.c_proj", hidden, hidden), _norm(f"{at}.ln_2", hidden)]
+        cells += [_dense(f"{at}.attn.c_proj", hidden, hidden), _adaption(f"{at}.attn.adaption", hidden)]
+        cells.append(_norm(f"{at}.ln_2", hidden))
         cells += [_dense(f"{at}.mlp.c_fc", hidden, inner), _dense(f"{at}.mlp.c_proj", inner, hidden)]
     cells += [_norm("transformer.ln_f", hidden), _slot("transformer.prefix", layers, hidden)]
     cells.append(_prompts("transformer.prompts", hidden))
@@ -180,6 +187,7 @@ def _llama(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _dense(f"{at}.self_attn.k_proj", hidden, keys, biased),
             _dense(f"{at}.self_attn.v_proj", hidden, keys, biased),
             _dense(f"{at}.self_attn.o_proj", heads * size, hidden, all_biased),
+            _adaption(f"{at}.self_attn.adaption", hidden),
             _dense(f"{at}.mlp.gate_proj", hidden, inner, wide),
             _dense(f"{at}.mlp.up_proj", hidden, inner, wide),
             _dense(f"{at}.mlp.down_proj", inner, hidden, wide),
@@ -204,6 +212,7 @@ def _chatglm(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _rms_norm(f"{at}.input_layernorm", hidden),
             _dense(f"{at}.self_attention.query_key_value", hidden, hidden + 2 * keys, bool(sizes.get("add_qkv_bias"))),
             _dense(f"{at}.self_attention.dense", hidden, hidden, False),
+            _adaption(f"{at}.self_attention.adaption", hidden),
             _rms_norm(f"{at}.post_attention_layernorm", hidden),
             _dense(f"{at}.mlp.dense_h_to_4h", hidden, 2 * inner, False),
             _dense(f"{at}.mlp.dense_4h_to_h", inner, hidden, False),

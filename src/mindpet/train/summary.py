@@ -230,7 +230,10 @@ def _targeted(sizes: NetworkSizes, counter: Counter, given: dict[str, Any], whol
         ends = {path.rpartition(".")[2] for path in (cell.path for cell in candidates)}
         listed = "; ".join(f"{one!r}{near(one.strip('*').rpartition('.')[2], ends)}" for one in misses or patterns)
         raise ValueError(f"These patterns match no cell that the method can adapt: {listed}.")
-    return cells
+    top = given.get("top_layers")
+    if top is not None and (type(top) is not int or not 0 < top <= len(cells)):
+        raise ValueError(f"'top_layers' must be from 1 to {len(cells)}, but is {top!r}.")
+    return cells[-top:] if top else cells
 
 
 def selected_parameters(sizes: NetworkSizes, counter: Counter, given: dict[str, Any]) -> set[str]:
