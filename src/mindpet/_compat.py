@@ -124,7 +124,7 @@ def forget_compiled(network: nn.Cell) -> None:
 
 def _classes_below(kind: type) -> set[type]:
     """A class and all that derive from it: looking a type up is faster than asking each object what it is."""
-    return {kind}.union(*(_classes_below(derived) for derived in kind.__subclasses__()))
+    return set().union({kind}, *map(_classes_below, kind.__subclasses__()))
 
 
 def forced_dtype(cell: nn.Cell) -> Any:

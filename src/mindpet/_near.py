@@ -15,6 +15,6 @@ def near_names(name: Any, known: Iterable[str]) -> list[str]:
 
 
 def near(name: Any, known: Iterable[str]) -> str:
-    """``; did you mean 'gelu'?`` when a known name is close, else nothing."""
+    """A space and ``(did you mean 'gelu'?)`` when a known name is close, else nothing."""
     close = near_names(name, known)
-    return f"; did you mean {' or '.join(repr(entry) for entry in close)}?" if close else ""
+    return f" (did you mean {' or '.join(repr(entry) for entry in close)}?)" if close else ""

@@ -233,7 +233,7 @@ def state_of(network):
         (LoRAConfig(targets=["*.query", "*.qery"]), r"(?s)no cell.*'\*\.qery'; near it: blocks\.0\.attention\.query"),
         (LoRAConfig(targets=["*.key"]), r"(?s)match no cell.*'\*\.key'"),
         (LoRAConfig(targets=["blocks.0"]), r"(?s)match no cell.*'blocks\.0'"),
-        (LoRAConfig(targets=["*.query"], modules_to_save=["haed"]), r"lies below 'haed'; did you mean 'head'"),
+        (LoRAConfig(targets=["*.query"], modules_to_save=["haed"]), r"lies below 'haed' \(did you mean 'head'"),
         (PrefixConfig(), r"(?s)match no cell.*'\*prefix'"),
     ],
     ids=["misspelt", "unknown", "not a dense cell", "nothing to save", "no slot"],

@@ -372,7 +372,7 @@ def test_every_misfit_is_in_one_message(edited):
         "classifier.bias holds NaN or infinity",
     ):
         assert any(entry.startswith(line) for entry in lines), line
-    assert any("self.qeury is no module of this network; did you mean" in entry for entry in lines)
+    assert any("self.qeury is no module of this network (did you mean" in entry for entry in lines)
     assert any("self.query.lora_magnitude_vector" in entry for entry in lines)
     assert len(lines) == 9
 

@@ -330,6 +330,8 @@ def test_a_foreign_network_is_read_by_its_names_in_both_directions(mode, tmp_pat
     network = load_peft(make_ours(), tmp_path / "theirs", names)
     np.testing.assert_allclose(network(Tensor(ids.astype(np.int32))).asnumpy(), expected, atol=1e-5)
 
+    with pytest.raises(TypeError, match="'base_model' must be the name of a model, but got {"):
+        save_peft(network, tmp_path / "ours", names)  # in the place that load_peft has for it
     save_peft(network, tmp_path / "ours", names=lambda path: names.get(path, path))
     back = peft.PeftModel.from_pretrained(make_theirs(), tmp_path / "ours").eval()
     with torch.no_grad():

@@ -93,7 +93,7 @@ def test_broken_configurations_are_refused(tmp_path, content, says):
 def test_an_unknown_family_is_named_with_those_that_are_here(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "lama"}')
     with pytest.raises(
-        PretrainedFilesError, match="of a 'lama', but only bert, llama, gpt2 are here; did you mean 'llama'"
+        PretrainedFilesError, match="of a 'lama', but only bert, llama, gpt2 are here .did you mean 'llama'"
     ):
         family_of(tmp_path)
 

@@ -159,7 +159,7 @@ def test_every_layer_must_be_told():
         shard_like(network)
     with pytest.raises(ValueError, match=r"nothing says how to cut down"):
         shard_like(network, {"up": ROWS})
-    with pytest.raises(ValueError, match=r"no layer matches 'upp'; the layers are up, down; did you mean 'up'\?"):
+    with pytest.raises(ValueError, match=r"no layer matches 'upp'; the layers are up, down \(did you mean 'up'\?\)"):
         shard_like(network, {"upp": ROWS, "*": ROWS})
 
 

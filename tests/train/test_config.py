@@ -40,10 +40,21 @@ def test_the_resolved_file_reads_back_the_same(tmp_path):
 
 def test_every_problem_is_in_one_message():
     with pytest.raises(RunFileError) as error:
-        load_run(None, ["train.epoch=3", "data.trian=x", "train.batch_size=many", "train.seed=-1", "nonsense"])
+        load_run(
+            None,
+            [
+                "train.epoch=3",
+                "data.trian=x",
+                "train.batch_size=many",
+                "train.seed=-1",
+                "nonsense",
+                "method.name=lorra",
+            ],
+        )
     message = str(error.value)
     for part in (
-        "7 problems",
+        "8 problems",
+        "there is no method 'lorra'",
         "train.epoch: there is no such key; did you mean 'epochs'?",
         "data.trian: there is no such key; did you mean 'train'?",
         "train.batch_size: ",

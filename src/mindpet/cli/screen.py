@@ -13,6 +13,7 @@ from rich.text import Text
 
 from mindpet.train.fit import Reporter
 from mindpet.train.metrics import LanguageScores, Scores
+from mindpet.train.report import counted
 
 if TYPE_CHECKING:
     from mindpet.train.artifacts import Inspection
@@ -106,7 +107,9 @@ def print_report(console: Console, report: dict[str, Any], directory: Path) -> N
     if "tokens" in report:
         facts.add_row("tokens", f"{report['tokens']['train']:,} trained on, {report['tokens']['test']:,} held out")
     facts.add_row("delta", f"{_size(report['delta_bytes'])} (the model: {_size(report['model_bytes'])})")
-    facts.add_row("time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {report['step']} steps")
+    facts.add_row(
+        "time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {counted(report['step'], 'step')}"
+    )
     facts.add_row("peak memory", f"{report['peak_memory_mib']} MiB")
     facts.add_row("picture", Text(str(directory / "curve.png")))
     facts.add_row("delta in", Text(str(directory / "delta")))

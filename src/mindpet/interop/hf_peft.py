@@ -117,7 +117,7 @@ def save_peft(
         names: as in :func:`load_peft`.
 
     Raises:
-        TypeError: `network` is not a Cell.
+        TypeError: `network` is not a Cell, `base_model` is not text.
         ValueError: its deltas are merged into its weights.
         PeftFormatError: nothing that PEFT has was injected, or something that it has not as well.
 
@@ -131,6 +131,10 @@ def save_peft(
     ['0.mindpet_delta_lora_a', '0.mindpet_delta_lora_b']
     """
     _checks.cell("save_peft", "network", network)
+    if not (base_model is None or isinstance(base_model, str)):  # names come last, unlike in load_peft
+        raise TypeError(
+            f"For 'save_peft', 'base_model' must be the name of a model, but got {_checks.shown(base_model)}."
+        )
     if merged_cells(network):
         raise ValueError("The deltas of this network are merged into its weights: unmerge them to save them.")
     modules = Modules.of(network, names)

@@ -3,6 +3,7 @@
 import difflib
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -219,10 +220,11 @@ def load_run(path: str | Path | None, overrides: list[str] | None = None) -> Run
     _apply_overrides(content, overrides or (), problems)
     try:
         config = RunConfig.model_validate(content)
+        problems += method_problems(config.method)
     except ValidationError as error:
         problems += [_in_words(entry) for entry in error.errors()]
-    if not problems:
-        problems = method_problems(config.method)
+        with suppress(ValidationError):
+            problems += method_problems(MethodSection.model_validate(content.get("method", {})))
     if problems:
         where = f" in {path}" if path else ""
         raise RunFileError(

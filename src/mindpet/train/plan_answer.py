@@ -257,4 +257,4 @@ def amount(name: str, text: str) -> float:
 def _near_unit(unit: str, units: Mapping[str, float]) -> str:
     by_lower = {one.lower(): one for one in units}
     close = [repr(by_lower[one]) for one in near_names(unit, by_lower)]
-    return f"; did you mean {' or '.join(close)}?" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""

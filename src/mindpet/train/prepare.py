@@ -7,6 +7,7 @@ from mindpet.models.pretrained import Pretrained, open_pretrained
 from mindpet.train.config import RunConfig, RunFileError, foreign_keys, method_config
 from mindpet.train.data import DataError, Encoded, Rows, encode, overlapping, read_rows, split_rows
 from mindpet.train.language import Codec, encode_texts, is_plain, read_texts, split_texts
+from mindpet.train.report import counted
 
 if TYPE_CHECKING:
     from mindpet.train.fit import Reporter
@@ -49,7 +50,8 @@ def prepare(config: RunConfig, reporter: "Reporter") -> Prepared:
         reporter.message(f"{len(train)} rows to train on ({counts}{more}), {len(test)} held out.")
     else:
         first, second = (
-            f"{len(rows) - found.left_out} texts in {found.count} rows ({found.labelled:,} tokens to predict)"
+            f"{counted(len(rows) - found.left_out, 'text')} in {counted(found.count, 'row')} "
+            f"({counted(found.labelled, 'token')} to predict)"
             for rows, found in zip((train, test), encoded)
         )
         reporter.message(f"{first} to train on; {second} held out.")

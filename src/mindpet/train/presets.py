@@ -60,8 +60,7 @@ def preset(name: str) -> dict[str, Any]:
     21128
     """
     if name not in PRESETS:
-        hint = near(name, PRESETS) or "."
-        raise ValueError(f"There is no network {name!r}: the known ones are {', '.join(PRESETS)}{hint}")
+        raise ValueError(f"There is no network {name!r}: the known ones are {', '.join(PRESETS)}{near(name, PRESETS)}.")
     return dict(PRESETS[name])
 
 

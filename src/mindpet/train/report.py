@@ -66,6 +66,15 @@ def peak_memory_mib() -> float:
     return peak / (1 << 20) if sys.platform == "darwin" else peak / 1024
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things in words.
+
+    >>> counted(1, "row"), counted(2000, "row")
+    ('1 row', '2,000 rows')
+    """
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def size_of(directory: Path) -> int:
     """Bytes of a file, or of all files in a directory."""
     if directory.is_file():
