@@ -1,6 +1,7 @@
 """What every test stands on: a CPU, a seed, and both of MindSpore's modes."""
 
 import os
+from fnmatch import fnmatchcase
 
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log: only what is critical
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -10,6 +11,17 @@ import numpy as np
 import pytest
 
 MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """``exhaustive_in_graph("lora-*")``: in graph mode `make test` runs the cases of these names alone."""
+    for item in items:
+        marker = item.get_closest_marker("exhaustive_in_graph")
+        if marker is None or "graph" not in item.callspec.params.values():
+            continue
+        if not any(fnmatchcase(item.callspec.id, kept) for kept in marker.args):
+            item.add_marker(pytest.mark.exhaustive)
 
 
 @pytest.fixture(scope="session", autouse=True)

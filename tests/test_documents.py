@@ -48,6 +48,7 @@ def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.exhaustive_in_graph
 def test_the_code_of_every_methods_page_runs(mode, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for path in sorted((ROOT / "docs" / "methods").glob("*.md")):
@@ -79,7 +80,7 @@ def test_the_page_on_language_models_works_as_it_stands(smollm2, tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run("-m", "mindpet", "finetune", "run.yaml", "train.max_steps=2", "data.holdout=4")
+    run("-m", "mindpet", "finetune", "run.yaml", "train.max_steps=2", "data.holdout=4", "train.mode=pynative")
     assert " Paris" in run("document.py")
 
 

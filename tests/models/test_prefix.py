@@ -61,6 +61,7 @@ def test_without_a_token_a_prefix_changes_nothing(kind):
     np.testing.assert_allclose(outputs(network, ids), before, atol=1e-6)
 
 
+@pytest.mark.exhaustive_in_graph("*llama-PrefixConfig*projection=True*")
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("kind", NETWORKS)
 def test_out_of_its_slot_a_prefix_changes_nothing(mode, kind, config):

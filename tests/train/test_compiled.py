@@ -12,6 +12,8 @@ from mindspore import Tensor, nn, ops
 from mindpet import LoRAConfig, inject
 from mindpet.train import compiled
 from mindpet.train.fit import read_metrics
+from tests.models.causal import build
+from tests.models.test_prefix import bert
 from tests.tiny import overrides, sentences, write_model, write_rows
 
 RUN = """
@@ -173,3 +175,14 @@ def test_only_so_many_are_kept(tmp_path):
         os.utime(tmp_path / f"{index:03}", (index, index))
     compiled._forget_old(tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"{i:03}" for i in range(3, compiled._KEPT + 3)]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
+def test_every_network_of_ours_can_be_told(family):
+    network = bert() if family == "bert" else build(family)
+    inject(network, LoRAConfig(rank=2))
+    assert compiled.fingerprint(network, (1,)) == compiled.fingerprint(network, (1,))
+    network.set_train(not network.training)
+    before = compiled.fingerprint(network, (1,))
+    network.set_train(not network.training)
+    assert compiled.fingerprint(network, (1,)) != before

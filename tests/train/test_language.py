@@ -92,6 +92,7 @@ NAMES = (*DOCUMENTED, "full")
 COMPILED = [pytest.param(name, "graph", marks=() if name == "lora" else pytest.mark.slow) for name in NAMES]
 
 
+@pytest.mark.exhaustive_in_graph("lora-*")
 @pytest.mark.parametrize(("method", "train_mode"), [*((name, "pynative") for name in NAMES), *COMPILED])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_the_perplexity_falls_with_every_method(tmp_path, story, method, train_mode):

@@ -110,6 +110,7 @@ def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pyn
         assert len([record for record in read_metrics(together / name / "metrics.jsonl") if "loss" in record]) == 21
 
 
+@pytest.mark.exhaustive_in_graph("*-shape0-3")
 @pytest.mark.parametrize("size", [2, 3, 4])
 @pytest.mark.parametrize("shape", [(12, 5, 8), (12, 64)])
 def test_each_process_drops_what_one_alone_would(mode, size, shape):

@@ -81,6 +81,7 @@ def test_the_loss_is_that_of_the_same_logits_by_hand(mode, models, task):
     assert expected > without + 1e-4, "the two copies disagree"
 
 
+@pytest.mark.exhaustive_in_graph("*-language")
 @pytest.mark.parametrize("task", ["classification", "language"])
 def test_an_alpha_of_zero_is_the_plain_loss(mode, models, task):
     columns = columns_of(models[task], task)
@@ -112,6 +113,7 @@ def test_both_copies_pass_in_one_batch(models, task):
     assert recorder.sizes == [10]
 
 
+@pytest.mark.exhaustive_in_graph("*-classification")
 @pytest.mark.parametrize("task", ["classification", "language"])
 def test_the_two_copies_of_every_sample_get_different_masks(mode, models, task):
     columns = columns_of(models[task], task)
