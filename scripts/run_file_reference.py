@@ -25,9 +25,9 @@ Every key that a run file may have. `mindpet config init run.yaml` writes a file
 prints it with all defaults filled in. [Write a run file](how-to/run-file.md) goes through one step by step.
 
 A file is YAML with the sections below. Only `model.path` and `data.train` must be there. A key that is left out or left
-empty has its default. An unknown key is an error that names near ones. All problems with keys and values are told at
-once; a method's name and its options are checked when there are none. On the command line `section.key=value` goes over
-the file: `mindpet finetune run.yaml train.epochs=3`. Paths are relative to the directory in which the command runs.
+empty has its default. An unknown key is an error that names near ones. All problems are told at once. On
+the command line `section.key=value` goes over the file: `mindpet finetune run.yaml train.epochs=3`. Paths are relative to
+the directory in which the command runs.
 """
 
 METHODS = """\

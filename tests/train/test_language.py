@@ -63,7 +63,7 @@ def losses(directory):
     return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
 
 
-@pytest.mark.parametrize("method", ["prefix", "ptuning2", "mam"])
+@pytest.mark.parametrize("method", ["prefix", "ptuning2"])
 def test_a_prefix_starts_as_if_the_first_tokens_had_been_read(model, story, tmp_path, method):
     more = (f"method.name={method}", "method.tokens=4", "train.max_steps=1")
     config = settings(model, story, tmp_path / "text", *more)

@@ -18,7 +18,7 @@ from mindpet.models.cache import KeyValueCache
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
 
-PREFIXES = (PrefixTuning, PTuning2)
+PROJECTED_RATE = 1e-4  # a learning rate for a reparameterised prefix that starts so; the paper takes 5e-5
 
 
 def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> None:
@@ -37,7 +37,7 @@ def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> No
         ValueError: the network has no prefix, or `input_ids` is empty.
     """
     slot = network.prefix_slot
-    if not isinstance(slot, PREFIXES):
+    if not isinstance(slot, (PrefixTuning, PTuning2)):
         raise ValueError(f"For 'start_prefix', this {type(network).__name__} has no prefix: inject one first.")
     if not len(input_ids):
         raise ValueError("For 'start_prefix', 'input_ids' must be tokens to start from, but is empty.")
@@ -80,6 +80,8 @@ def _keys_and_values(network: "CausalLanguageModel", ids: np.ndarray) -> list[tu
 def _solve(table: Parameter, first: nn.Dense, second: nn.Dense, wanted: np.ndarray) -> None:
     """Let ``second(tanh(first(table)))`` be `wanted`, in float64."""
     rows, weight, bias = (p.asnumpy().astype(np.float64) for p in (table, first.weight, first.bias))
+    rows /= (rows @ weight.T).std()  # of about 1 inside the tanh: the smaller it is, the more a step changes the prefix
+    _set(table, rows)
     inner = np.tanh(rows @ weight.T + bias)
     solution = np.linalg.lstsq(np.pad(inner, ((0, 0), (0, 1)), constant_values=1.0), wanted, rcond=None)[0]
     _set(second.weight, solution[:-1].T)

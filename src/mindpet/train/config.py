@@ -130,8 +130,8 @@ class TrainSection(_Section):
     clip_norm: float = Field(1.0, ge=0, description="largest norm of the whole gradient; 0 never clips")
     prefix_start: Literal["text", "random"] = Field(
         "text",
-        description="language model: where a prefix starts, at the keys and values of the first training tokens or at "
-        "random numbers",
+        description="language model, prefix and ptuning2: where they start, at the keys and values of the first "
+        "training tokens or at random numbers",
     )
     r_drop_alpha: float = Field(
         0.0, ge=0, description="above 0: two passes a sample and the R-Drop loss with this weight"

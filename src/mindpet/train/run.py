@@ -18,11 +18,11 @@ from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import count_parameters, inject
 from mindpet.kernels import accelerate
-from mindpet.models.prefix_start import PREFIXES, start_prefix
+from mindpet.models.prefix_start import PROJECTED_RATE, start_prefix
 from mindpet.models.pretrained import family_of, open_pretrained
 from mindpet.parallel.group import join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
-from mindpet.train.data import DataError, Encoded, Rows, encode
+from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
 from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Reporter, read_metrics
 from mindpet.train.launch import launch
@@ -96,7 +96,16 @@ def peak_learning_rate(config: RunConfig) -> float:
     """The run file's, or the method's own."""
     if config.train.learning_rate is not None:
         return config.train.learning_rate
+    if starts_from_text(config) and method_config(config.method).projection:
+        return PROJECTED_RATE
     return FULL_LEARNING_RATE if config.method.name == "full" else method_named(config.method.name).learning_rate
+
+
+def starts_from_text(config: RunConfig) -> bool:
+    """Whether the run's method is a prefix that begins as the first training tokens would."""
+    wanted = config.train.prefix_start == "text" and config.method.name != "full"
+    chosen = wanted and method_named(config.method.name).name in ("prefix", "ptuning2")
+    return chosen and family_of(config.model.path).task == "language"
 
 
 def finetune(
@@ -133,8 +142,9 @@ def finetune(
         raise RunFileError(f"train.batch_size={config.train.batch_size} is less than a row for {group.size} processes.")
     prepared = prepare(config, reporter)
     network = build_network(config, prepared.labels)
-    if prepared.task == "language" and not resume and config.train.prefix_start == "text":
-        _start_prefix(network, prepared.train)
+    if starts_from_text(config) and not resume:
+        columns = prepared.train.columns
+        start_prefix(network, columns["input_ids"][:-1][columns["attention_mask"][:-1] != 0])
     trainable = sum(parameter.size for parameter in network.trainable_params())
     total = count_parameters(network)
     weights = sum(parameter.size * parameter.itemsize for parameter in network.get_parameters())
@@ -195,13 +205,6 @@ def finetune(
     _files.write_json(directory / "report.json", report)
     group.wait()
     return report
-
-
-def _start_prefix(network: nn.Cell, rows: Encoded) -> None:
-    """A prefix, if there is one, starts from the first tokens of the training rows."""
-    if isinstance(network.prefix_slot, PREFIXES):
-        ids, mask = (rows.columns[name][: rows.count] for name in ("input_ids", "attention_mask"))
-        start_prefix(network, ids[mask != 0])
 
 
 def _begin_directory(directory: Path, prepared: Prepared) -> None:
