@@ -6,8 +6,8 @@ Each is a process of its own, with an empty cache directory for the graphs at fi
 time is that of one call, compilation and computing together; a later step is printed beside it.
 """
 
+import argparse
 import os
-import sys
 import tempfile
 from pathlib import Path
 
@@ -16,7 +16,9 @@ from turns import Side, answer, load_of_machine
 
 def main() -> None:
     """Run both, and print."""
-    if sys.argv[1:] == ["--work"]:  # in a process of its own
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # in a process of its own
+    if parser.parse_args().work:
         from against_peft import ours
 
         answer(ours("bert", "lora"))

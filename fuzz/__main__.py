@@ -19,7 +19,8 @@ from typing import Any
 
 SPARE = 1 << 30  # bytes of address space beside what is held when all is imported and read once
 ODD = (None, True, -1, 0, 1 << 63, 10**400, 1e308, float("nan"), float("inf"), "", "..", "/etc/passwd", "\0", "\ud800")
-ODD += ([], {}, [[]], [None], {"a": {}}, "a" * 300, "(", "a{99999999999}")
+YAML = ("!!map", "!!int", "!!bool", "!!timestamp", "!!float", "!!python/object:a", "&a", "*a", "<<:", "2001-13-01", "? ")
+ODD += ([], {}, [[]], [None], {"a": {}}, "a" * 300, "(", "a{99999999999}", "(?i)a", 10**9, 2**31)
 
 
 def main() -> int:
@@ -81,7 +82,7 @@ def fuzz(name: str, runs: int, place: Path) -> None:
         (work / reader.file).write_bytes(seed)
         print(name, number, *outcome(reader, work / reader.file), file=sys.stderr)
     words = sorted({word for seed in seeds for word in re.findall(rb"[A-Za-z_.]{3,30}", seed)})[:500]
-    (scratch / "words").write_text("".join(f'"{word.decode()}"\n' for word in words))
+    (scratch / "words").write_text("".join(f'"{word}"\n' for word in [*(word.decode() for word in words), *YAML]))
     found: set[str] = set()
     count = 0
 

@@ -14,14 +14,21 @@ MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """``exhaustive_in_graph("lora-*")``: in graph mode `make test` runs the cases of these names alone."""
+    unused = {}
     for item in items:
         marker = item.get_closest_marker("exhaustive_in_graph")
         if marker is None or "graph" not in item.callspec.params.values():
             continue
-        if not any(fnmatchcase(item.callspec.id, kept) for kept in marker.args):
+        missed = unused.setdefault(item.nodeid.partition("[")[0], set(marker.args))
+        kept = {pattern for pattern in marker.args if fnmatchcase(item.callspec.id, pattern)}
+        missed -= kept
+        if not kept:
             item.add_marker(pytest.mark.exhaustive)
+    wrong = {test: sorted(patterns) for test, patterns in unused.items() if patterns}
+    if wrong and not any("::" in word for word in config.args):  # unless single cases were asked for
+        raise pytest.UsageError(f"exhaustive_in_graph keeps cases that there are not: {wrong}")
 
 
 @pytest.fixture(scope="session", autouse=True)

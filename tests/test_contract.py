@@ -213,7 +213,7 @@ def test_merging_keeps_the_outputs_or_is_refused(mode, method):
             merge(network)
 
 
-@pytest.mark.exhaustive_in_graph("*-lora", "*-prefix")
+@pytest.mark.exhaustive_in_graph("*-lora", "*-prefix", "*-adaption_prompt")
 def test_ejecting_restores_the_network(mode, method):
     network = Tiny()
     expected = network(inputs()).asnumpy()
@@ -228,7 +228,7 @@ def test_ejecting_restores_the_network(mode, method):
     assert all(parameter.requires_grad for parameter in network.get_parameters())
 
 
-@pytest.mark.exhaustive_in_graph("*-lora", "*-prefix")
+@pytest.mark.exhaustive_in_graph("*-lora", "*-prefix", "*-adaption_prompt")
 def test_float16(mode, method):
     network = Tiny()
     for parameter in network.get_parameters():

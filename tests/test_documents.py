@@ -68,7 +68,7 @@ def test_every_method_has_a_page_whose_run_file_is_valid():
 
 @pytest.mark.slow
 @pytest.mark.models
-def test_the_page_on_language_models_works_as_it_stands(smollm2, tmp_path):
+def test_the_code_of_the_page_on_language_models_works(smollm2, tmp_path):
     (tmp_path / "models").mkdir()
     (tmp_path / "models" / "smollm2.gguf").symlink_to(smollm2)
     (tmp_path / "hamlet.txt").write_text((ROOT / "docs" / "guide.md").read_text())  # any text of some length

@@ -4,9 +4,9 @@ Every message reads ``For 'LoRADense', 'lora_rank' must be a positive int, but g
 argument, what would be right, what was given.
 """
 
-import math
 import numbers
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mindspore import Tensor, nn, ops
@@ -77,7 +77,7 @@ def non_zero_number(owner: str, name: str, value: Any) -> float:
     """A finite int or float other than zero."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"For '{owner}', '{name}' must be an int or a float, but got {shown(value)}.")
-    if value == 0 or not math.isfinite(value):
+    if value == 0 or not -sys.float_info.max <= value <= sys.float_info.max:
         raise ValueError(f"For '{owner}', '{name}' must be finite and not 0, but got {shown(value)}.")
     return value
 
@@ -138,6 +138,13 @@ def activation_kind(owner: str, name: str, value: Any) -> Any:
     """A str, a Cell, a Primitive or None."""
     if value is not None and not isinstance(value, (str, nn.Cell, Primitive)):
         raise TypeError(f"For '{owner}', '{name}' must be a str, a Cell, a Primitive or None, but got {shown(value)}.")
+    return value
+
+
+def table(owner: str, name: str, value: Any) -> Mapping[str, Any]:
+    """A mapping whose keys are str."""
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"For '{owner}', '{name}' must be a mapping from str, but got {shown(value)}.")
     return value
 
 

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,11 @@ from mindspore.parallel._auto_parallel_context import auto_parallel_context
 from mindspore.train import CheckpointConfig
 from mindspore.train.callback import _checkpoint
 from mindspore.train.callback._checkpoint import CheckpointManager as CheckpointManager
+from mindspore.train.checkpoint_pb2 import Checkpoint
+
+# Bytes of each kind of number in a checkpoint; a text has as many as it has.
+_BYTES = {"Int4": 1, "Int8": 1, "UInt8": 1, "Bool": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2}
+_BYTES |= {"Int32": 4, "UInt32": 4, "Float32": 4, "Int64": 8, "UInt64": 8, "Float64": 8, "str": 0}
 
 # Whether a graph knows a value, such as a Tensor's shape, when it is compiled. In PyNative mode every value is known.
 is_known = ops.isconstant
@@ -114,7 +121,7 @@ def forget_compiled(network: nn.Cell) -> None:
     under ``ms.jit``, whose graphs are kept in one place for all.
     """
     kinds = _classes_below(nn.Cell)
-    for cell in [each for each in gc.get_objects() if type(each) in kinds]:
+    for cell in [each for each in gc.get_objects() if id(type(each)) in kinds]:
         if getattr(cell, "compile_cache", None) and any(inner is network for _, inner in cell.cells_and_names()):
             cell.compile_cache.clear()
     for _, cell in network.cells_and_names():
@@ -122,9 +129,9 @@ def forget_compiled(network: nn.Cell) -> None:
     getattr(api, "ms_compile_cache", set()).clear()
 
 
-def _classes_below(kind: type) -> set[type]:
-    """A class and all that derive from it: looking a type up is faster than asking each object what it is."""
-    return set().union({kind}, *map(_classes_below, kind.__subclasses__()))
+def _classes_below(kind: type) -> set[int]:
+    """The ids of a class and of all that derive from it: to look one up is faster than to ask what each object is."""
+    return set().union({id(kind)}, *map(_classes_below, kind.__subclasses__()))
 
 
 def forced_dtype(cell: nn.Cell) -> Any:
@@ -183,6 +190,46 @@ def compile_cache(directory: Path) -> Iterator[None]:
         yield
     finally:
         ms.set_context(enable_compile_cache=enabled, compile_cache_path=path)
+
+
+def load_checkpoint(path: Path) -> dict[str, ms.Parameter]:
+    """The tensors of a ``.ckpt`` or ``.safetensors`` file.
+
+    Of a tensor that has other bytes than its shape takes, MindSpore copies what lies behind them in memory, or writes
+    over it; so a ``.ckpt`` file is held against itself first.
+
+    Raises:
+        ValueError: it is missing or broken, or holds a map in the place of a tensor.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        problems = _broken_tensors(path.read_bytes()) if path.suffix == ".ckpt" else []
+        content = {} if problems else ms.load_checkpoint(str(path), format=path.suffix[1:])
+    except Exception as error:  # MindSpore, protobuf and safetensors raise a dozen kinds, some of them bare
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if problems:
+        raise ValueError(f"{path} is broken: {'; '.join(problems[:5])}")
+    return {name: value for name, value in content.items() if isinstance(value, ms.Parameter)}
+
+
+def _broken_tensors(content: bytes) -> list[str]:
+    """Which tensors of a ``.ckpt`` file are none, in words. A large one is in several entries of its name."""
+    checkpoint, problems, held = Checkpoint(), [], 0
+    checkpoint.ParseFromString(content[:-17] if content[-17:-10] == b"crc_num" else content)
+    for entry, after in zip_longest(checkpoint.value, checkpoint.value[1:]):
+        kind, shape = entry.tensor.tensor_type, list(entry.tensor.dims)
+        held += len(entry.tensor.tensor_content)
+        if after is not None and after.tag == entry.tag:
+            continue
+        if not entry.HasField("tensor") or kind not in _BYTES:
+            problems.append(f"{entry.tag} is of the kind {kind or 'map'!r}")
+        elif _BYTES[kind]:
+            needed = _BYTES[kind] * (1 if shape == [0] else math.prod(shape))  # [0] stands for a scalar
+            if min(shape, default=0) < 0 or needed != held:
+                problems.append(f"{entry.tag} has {held} bytes, and {needed} are in {kind} of the shape {shape}")
+        held = 0
+    return problems
 
 
 def with_saved_network(config: CheckpointConfig, network: nn.Cell) -> CheckpointConfig:

@@ -69,9 +69,24 @@ def read_json(path: Path | str, wrong: Callable[[str], Exception] = ValueError) 
     if not path.is_file():
         raise wrong(f"There is no file {path}.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise wrong(f"{path} cannot be read as JSON: {error}") from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of a text.
+
+    Raises:
+        ValueError: it is not JSON, is nested too deeply, or has text that UTF-8 has not, such as half a surrogate pair.
+    """
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def _umask() -> int:

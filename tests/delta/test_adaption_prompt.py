@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from mindpet import AdaptionPromptConfig, LoRAConfig, accelerate, inject, load_peft, save_peft
 from mindpet.delta.adaption_slot import attend_prompt
+from mindpet.graph import target_report
 from mindpet.interop import PeftFormatError
 from mindpet.kernels import build as kernels
 from mindpet.models import BertConfig, BertForSequenceClassification
@@ -122,6 +123,19 @@ def test_layers_that_are_not_the_topmost_are_not_written_for_peft(tmp_path, laye
     network = inject(build("llama", num_hidden_layers=3), AdaptionPromptConfig(layers=layers))
     with pytest.raises(PeftFormatError, match="ADAPTION_PROMPT is in the topmost layers"):
         save_peft(network, tmp_path / "new")
+
+
+def test_attentions_that_peft_does_not_have_it_for_are_not_written(tmp_path):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 24}
+    network = inject(BertForSequenceClassification(BertConfig(vocab_size=31, **sizes), 3), AdaptionPromptConfig())
+    with pytest.raises(PeftFormatError, match="called self_attn or attn, .* and not in self"):
+        save_peft(network, tmp_path / "new")
+    assert not (tmp_path / "new" / "adapter_config.json").exists()
+
+
+def test_a_misspelt_target_is_told_of_before_the_number_of_layers():
+    report = target_report(build("llama"), AdaptionPromptConfig(targets=["*.adaption", "*.adaptoin"], top_layers=9))
+    assert list(report.misses) == ["*.adaptoin"]
 
 
 @pytest.fixture

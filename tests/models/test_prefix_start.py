@@ -3,10 +3,11 @@
 import mindspore as ms
 import numpy as np
 import pytest
+from mindspore import nn
 
 from mindpet import LoRAConfig, PrefixConfig, PTuning2Config, inject
 from mindpet.models import start_prefix
-from tests.models.causal import build, logits, tokens
+from tests.models.causal import WORDS, build, logits, tokens
 
 CONFIGS = [
     PrefixConfig(tokens=5, embed_dim=8, mid_dim=8),
@@ -36,8 +37,28 @@ def test_few_tokens_are_taken_over_and_over():
     np.testing.assert_array_equal(logits(one, tokens(1, 4)), logits(two, tokens(1, 4)))
 
 
-def test_without_a_prefix_or_tokens_it_says_so():
-    with pytest.raises(ValueError, match="has no prefix: inject one first"):
+@pytest.mark.parametrize("wrong", [[], [1.7], [-1], [WORDS], "abc", None, [[1]]], ids=repr)
+def test_what_are_no_tokens_is_refused_and_nothing_changes(wrong):
+    network = inject(build("llama"), PTuning2Config(tokens=5))
+    before = logits(network, tokens(1, 4))
+    with pytest.raises(ValueError, match=f"'input_ids' must be ids from 0 to {WORDS - 1}, one at least"):
+        start_prefix(network, wrong)
+    np.testing.assert_array_equal(logits(network, tokens(1, 4)), before)
+
+
+def test_what_has_no_prefix_is_refused():
+    with pytest.raises(ValueError, match="this LlamaForCausalLM has none: inject one first"):
         start_prefix(inject(build("llama"), LoRAConfig(rank=2, targets=["*q_proj"])), [1])
-    with pytest.raises(ValueError, match="must be tokens to start from"):
-        start_prefix(inject(build("llama"), PTuning2Config(tokens=5)), [])
+    with pytest.raises(ValueError, match="this Dense has none"):
+        start_prefix(nn.Dense(2, 2), [1])
+    with pytest.raises(TypeError, match="'network' must be a mindspore.nn.Cell"):
+        start_prefix(None, [1])
+
+
+def test_layers_that_do_not_train_stay_so_and_no_cache_stays():
+    network = inject(build("llama"), PTuning2Config(tokens=5)).set_train()
+    network.model.layers[0].set_train(False)
+    start_prefix(network, [1, 2])
+    assert network.training
+    assert not network.model.layers[0].self_attn.training
+    assert not {"mindpet_step", "mindpet_buffers"} & vars(network).keys()

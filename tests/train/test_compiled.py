@@ -1,5 +1,6 @@
 """Graphs that are kept between runs: taken when nothing differs, never when something does."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindpet import LoRAConfig, inject
+from mindpet import LoRAConfig, PTuning2Config, inject
+from mindpet.models import start_prefix
 from mindpet.train import compiled
 from mindpet.train.fit import read_metrics
 from tests.models.causal import build
@@ -27,6 +29,7 @@ class Aloud(Reporter):
 
 run.finetune(config.load_run(None, sys.argv[1:]), Aloud())
 """
+EMBEDDINGS = {"bert": "word_embeddings", "llama": "embed_tokens", "gpt2": "wte"}
 TAKEN = "compiled by an earlier run"
 
 
@@ -178,9 +181,16 @@ def test_only_so_many_are_kept(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2"])
-def test_every_network_of_ours_can_be_told(family):
+@pytest.mark.parametrize(
+    "config",
+    [LoRAConfig(rank=2), LoRAConfig(rank=2, targets=["the embedding"]), PTuning2Config()],
+    ids=["lora", "embedding", "ptuning2"],
+)
+def test_every_network_of_ours_can_be_told(family, config):
     network = bert() if family == "bert" else build(family)
-    inject(network, LoRAConfig(rank=2))
+    inject(network, dataclasses.replace(config, targets=config.targets and [f"*{EMBEDDINGS[family]}"]))
+    if family != "bert" and isinstance(config, PTuning2Config):
+        start_prefix(network, [1, 2])
     assert compiled.fingerprint(network, (1,)) == compiled.fingerprint(network, (1,))
     network.set_train(not network.training)
     before = compiled.fingerprint(network, (1,))

@@ -10,6 +10,7 @@ from pathlib import Path
 import mindspore as ms
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file
 
 from mindpet._methods import DOCUMENTED
@@ -26,6 +27,7 @@ from mindpet.train.fit import (
     learning_rates,
     read_metrics,
 )
+from mindpet.train.prepare import prepare
 from tests.tiny import overrides, sentences, write_model, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -141,7 +143,10 @@ def test_lora_plus_learns_and_resumes(inputs, tmp_path, optimizer, rate, train_m
     assert losses(tmp_path / "plain")[-1] != curve[-1]
 
 
-@pytest.mark.parametrize(("train_mode", "accumulate"), [("graph", 2), ("pynative", 1)])
+@pytest.mark.parametrize(
+    ("train_mode", "accumulate"),
+    [pytest.param("graph", 1, marks=pytest.mark.exhaustive), ("graph", 2), ("pynative", 1)],
+)
 @pytest.mark.usefixtures("back_to_pynative")
 def test_adalora_keeps_its_budget_and_resumes_before_and_after_the_last_choice(
     inputs, tmp_path, train_mode, accumulate
@@ -334,6 +339,28 @@ def test_pairs_of_texts_are_trained_on_and_used(inputs, tmp_path):
 def test_texts_longer_than_the_model_are_refused(inputs, tmp_path):
     with pytest.raises(RunFileError, match="has 32 positions"):
         run.finetune(settings(inputs, tmp_path, "data.max_length=64"))
+    with pytest.raises(RunFileError, match="32 after a prefix of 10 tokens"):
+        run.finetune(settings(inputs, tmp_path, "data.max_length=32", "method.name=ptuning2", "method.tokens=10"))
+    longest = settings(inputs, tmp_path, "data.max_length=32", "method.name=adaption_prompt")  # it takes no position
+    assert prepare(longest, Reporter()).train.count
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_a_run_of_an_earlier_version_is_resumed(inputs, tmp_path):
+    """Its run.yaml lacks keys that came later, and the learning rate that the method had of itself."""
+    config = settings(inputs, tmp_path / "out", "train.max_steps=6", "train.mode=pynative", "train.learning_rate=null")
+    with pytest.raises(Interrupted):
+        run.finetune(config, StopAt(2))
+    path = tmp_path / "out" / "run.yaml"
+    content = yaml.safe_load(path.read_text())
+    assert content["train"].pop("prefix_start") == "text"
+    assert content["train"].pop("learning_rate") == 0.001
+    path.write_text(yaml.safe_dump(content))
+    assert run.finetune(config, resume=True)["step"] == 6
+    path.write_text("- no run file")
+    (tmp_path / "out" / "report.json").unlink()
+    with pytest.raises(CannotResume, match="cannot be told what the run in"):
+        run.finetune(config, resume=True)
 
 
 @pytest.mark.usefixtures("back_to_pynative")

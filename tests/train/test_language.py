@@ -313,6 +313,10 @@ def test_what_does_not_fit_the_model_is_refused(model, story, tmp_path, more, sa
 
 def test_keys_of_language_models_are_refused_for_a_classifier(tmp_path):
     bert = write_model(tmp_path / "bert")
+    with pytest.raises(RunFileError, match="data.messages, train.prefix_start: not for a classifier"):
+        run.finetune(
+            settings(bert, tmp_path / "x.jsonl", tmp_path / "out", "data.messages=a", "train.prefix_start=random")
+        )
     with pytest.raises(RunFileError, match="data.prompt, data.packing: not for a classifier"):
         run.finetune(settings(bert, tmp_path / "x.jsonl", tmp_path / "out", "data.prompt=a", "data.packing=false"))
 

@@ -16,7 +16,6 @@ too, would add the same to the scores of all adapters.)
 """
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,10 +167,10 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, np.nda
     path = Path(directory) / "delta.safetensors"
     tensors, metadata = _files.read_tensors(path)
     try:
-        entries = json.loads(metadata["delta"])["methods"]
+        entries = _files.parse_json(metadata["delta"])["methods"]
         names = [entry.pop("method") for entry in entries]
         config = AdapterConfig(**entries[0]) if names == ["adapter"] else None
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is not a delta: its metadata has no usable description ({error}).") from error
     if config is None:
         there = " and ".join(map(str, names)) or "nothing"

@@ -5,10 +5,11 @@ multiplied by a trained gate that starts at zero.
 
 ::
 
-    x ──┬── attention to the text ──────────────── + ── output projection
+    x ──┬── attention to the text ──────────────── + ── output projection (of GPT-2, as in PEFT, before the sum)
         └── queries ── attention to P ── * gate ───┘
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,8 @@ class AdaptionPrompt(AdaptionSlot):
     Shapes: P ``(tokens, hidden)``, g ``(1,)``; calling the slot returns the two. K_P and V_P, ``(tokens, groups * d)``,
     are the keys and values that the layer's own projections make of P, without positions. P starts normally
     distributed with a deviation of 1 and g at zero, so the layer starts as it was. Cost: ``tokens * hidden + 1``
-    parameters, and for each token of the text 4 * tokens * heads * d floating-point operations.
+    parameters, and for each token of the text 4 * tokens * heads * d floating-point operations; the keys and values of
+    P are made anew in every forward pass, at every token of generation too.
 
     Differs from the paper in the gate, which is one number for all heads and not passed through a tanh, as in PEFT.
 
@@ -90,18 +92,31 @@ class AdaptionPrompt(AdaptionSlot):
 
 
 # PEFT puts the two beside the projections of the attention, whose last name ``target_modules`` is; the slot is a cell
-# below it here
+# below it here, which is called adaption
+_ATTENTIONS = ("self_attn", "attn")  # of the networks that PEFT has it for: LLaMA, Mistral, GPT-2
+
+
 def _unpack(content: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
     content.pop("target_modules", None)
-    return {name.replace(".adaption_", ".adaption.adaption_"): value for name, value in tensors.items()}
+    return {re.sub(r"\.(adaption_(prompt|gate))$", r".adaption.\1", name): value for name, value in tensors.items()}
 
 
 def _pack(content: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    content["target_modules"] = next(name for name in tensors if ".adaption." in name).split(".")[-3]
-    return {
-        name.replace(".adaption.adaption_", ".adaption_"): value[None] if name.endswith(".adaption_prompt") else value
-        for name, value in tensors.items()
-    }
+    packed, attentions = {}, set()
+    for name, value in tensors.items():
+        module, _, part = name.rpartition(".")
+        if part in ("adaption_prompt", "adaption_gate"):
+            attention, _, slot = module.rpartition(".")
+            attentions.add(attention.rpartition(".")[2] if slot == "adaption" else module)
+            name, value = f"{attention}.{part}", value[None] if part == "adaption_prompt" else value
+        packed[name] = value
+    if not attentions <= set(_ATTENTIONS) or len(attentions) != 1:
+        raise ValueError(
+            f"PEFT has the adaption prompt in attentions that are called {' or '.join(_ATTENTIONS)}, here with a slot "
+            f"'adaption', and not in {', '.join(sorted(attentions))}"
+        )
+    content["target_modules"] = attentions.pop()
+    return packed
 
 
 METHOD = Method(

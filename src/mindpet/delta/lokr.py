@@ -42,6 +42,10 @@ class LoKrConfig(RankedConfig):
         if self.decompose_factor != -1:
             _checks.positive_int(owner, "decompose_factor", self.decompose_factor)
 
+    def axes(self) -> dict[str, int]:
+        """None: a rank that is larger than the factors makes them whole, however large it is."""
+        return {}
+
 
 class LoKrDense(BranchDense):
     r"""A dense layer whose delta is the Kronecker product of two small matrices.

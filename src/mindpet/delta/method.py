@@ -27,6 +27,9 @@ AFTER_BLOCKS = (
 )
 
 
+_HARMLESS = 1024  # an axis that takes little memory, whatever the file says
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeltaConfig:
     """What every method's configuration has.
@@ -78,6 +81,11 @@ class DeltaConfig:
         """Those of the targeted cells, by path, that are adapted: all, but for methods that choose among them."""
         return matched
 
+    def axes(self) -> dict[str, int]:
+        """Options that are lengths of axes of what is saved: a file without so long an axis was not made with them."""
+        names = "butterfly_factors encoder_hidden frequencies initial_rank num_tasks rank size tokens".split()
+        return {name: value for name in names if type(value := getattr(self, name, None)) is int}
+
     def stored(self) -> "Self":
         """What a saved delta keeps of it; methods that read other files to begin with leave those out."""
         return self
@@ -102,6 +110,8 @@ class RankedConfig(DeltaConfig):
     def __post_init__(self):
         super().__post_init__()
         owner = type(self).__name__
+        for name in ("rank_pattern", "alpha_pattern"):
+            _checks.table(owner, name, getattr(self, name))
         for rank in (self.rank, *self.rank_pattern.values()):
             _checks.positive_int(owner, "rank", rank)
         for alpha in (self.alpha, *self.alpha_pattern.values()):
@@ -113,9 +123,24 @@ class RankedConfig(DeltaConfig):
         alpha = next((alpha for pattern, alpha in self.alpha_pattern.items() if fnmatchcase(path, pattern)), self.alpha)
         return replace(self, rank=rank, alpha=alpha, rank_pattern={}, alpha_pattern={})
 
+    def axes(self) -> dict[str, int]:
+        """The longest of the ranks, besides."""
+        return {**super().axes(), "rank": max((self.rank, *self.rank_pattern.values()))}
+
     def patterns(self) -> tuple[str, ...]:
         """The patterns of ranks and alphas."""
         return (*self.rank_pattern, *self.alpha_pattern)
+
+
+def too_long(config: DeltaConfig, tensors: Mapping[str, Any]) -> list[str]:
+    """The options for which no tensor of a file has an axis long enough, before memory is taken for them, in words."""
+    longest = max((length for value in tensors.values() for length in value.shape), default=0)
+    enough = max(longest, _HARMLESS)
+    return [
+        f"{name} is {_checks.shown(length)}, and no tensor in the file has an axis longer than {longest}"
+        for name, length in config.axes().items()
+        if length > enough
+    ]
 
 
 def patterns_of(owner: str, name: str, value: Any, kinds: tuple = (str,)) -> tuple:

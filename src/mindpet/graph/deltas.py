@@ -7,15 +7,16 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from mindspore import Parameter, Tensor, load_checkpoint, nn
+from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat, _files
 from mindpet.delta.blockwise import digest_of
-from mindpet.delta.method import DeltaConfig
+from mindpet.delta.method import DeltaConfig, too_long
 from mindpet.delta.registry import method_named, method_of
 from mindpet.graph.inject import (
     MARKER,
@@ -31,6 +32,12 @@ from mindpet.graph.inject import (
 FORMAT = 1
 OURS = "mindpet_"  # in the names of all parameters that are no part of the base
 _RECORD = "mindpet_deltas"  # the attribute of a network that holds the deltas loaded by name
+_PARTS: dict[str, Callable[[Any], bool]] = {  # of a description, and what each must be
+    "methods": lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value),
+    "parameters": lambda value: value is None or _is_names(value),
+    "quantised": lambda value: value is None or _is_names(value),
+    "base": lambda value: value is None or (isinstance(value, dict) and all(map(_is_shape, value.values()))),
+}
 _OLDER = {"mindpet_delta_lora_A": "mindpet_delta_lora_a", "mindpet_delta_lora_B": "mindpet_delta_lora_b"}
 
 
@@ -94,18 +101,25 @@ def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig]
     path = Path(directory) / "delta.safetensors"
     tensors, metadata = _files.read_tensors(path, DeltaFileError)
     try:
-        description = json.loads(metadata["delta"])
-        methods = description["methods"]
+        description = _files.parse_json(metadata["delta"])
         known = description["format"]
-        entries = [dict(entry) for entry in methods]
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        wrong = [key for key, fits in _PARTS.items() if not fits(description.get(key))]
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DeltaFileError(f"{path} is not a delta: its metadata has no usable description ({error}).") from error
     if known != FORMAT:
-        raise DeltaFileError(f"{path} is a delta of format {known}, and this version reads format {FORMAT}.")
+        shown = _checks.shown(known) if type(known) is not int else known
+        raise DeltaFileError(f"{path} is a delta of format {shown}, and this version reads format {FORMAT}.")
+    if wrong:
+        shown = ", ".join(f"{key} is {_checks.shown(description.get(key))}" for key in wrong)
+        raise DeltaFileError(f"{path} is not a delta: its metadata has no usable description ({shown}).")
     differ = sorted(set(description.get("parameters") or tensors) ^ set(tensors))
     if differ:
         raise DeltaFileError(f"{path} does not hold what it says: {', '.join(differ[:5])}.")
-    return description, [_config_of(entry, path) for entry in entries], tensors
+    configs = [_config_of(dict(entry), path) for entry in description["methods"]]
+    problems = [problem for config in configs for problem in too_long(config, tensors)]
+    if problems:
+        raise DeltaFileError(f"{path} is broken: {'; '.join(problems)}.")
+    return description, configs, tensors
 
 
 def load_delta(network: nn.Cell, directory: str | Path, name: str = "default") -> nn.Cell:
@@ -251,7 +265,7 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
     recorded = description.get("base")
     if not isinstance(recorded, dict):
         return []
-    trained = set(description.get("parameters", ()))
+    trained = set(description.get("parameters") or ())
     base = {p.name: p for p in network.get_parameters() if OURS not in p.name and p.name not in trained}
     cells = quantised_cells(network)
     here = {name: list(shape) for name, shape in _shapes_of(base, cells).items()}
@@ -262,7 +276,7 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
         for name, shape in here.items()
         if name in recorded and recorded[name] != shape
     ]
-    quantised = description.get("quantised", ())
+    quantised = description.get("quantised") or ()
     if not problems and description.get("base_hash") and set(cells) <= set(quantised):  # else they cannot be compared
         digests = {name: cell.base_digest for name, cell in cells.items()}
         for name in quantised:
@@ -300,6 +314,14 @@ def _require(problems: list[str], source: Path) -> None:
         raise DeltaFileError(f"The delta in {source} does not fit this network:\n  " + "\n  ".join(shown))
 
 
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and all(type(length) is int for length in value)
+
+
 def _config_of(entry: dict[str, Any], path: Path) -> DeltaConfig:
     try:
         return method_named(entry.pop("method", "")).config(**entry)
@@ -309,11 +331,9 @@ def _config_of(entry: dict[str, Any], path: Path) -> DeltaConfig:
 
 def _read_checkpoint(path: Path) -> dict[str, np.ndarray]:
     """Tensors by the names that they have here: in a bare LoRADense MindPet 1.0.4 ended them in ``_A`` and ``_B``."""
-    if not path.is_file():
-        raise DeltaFileError(f"There is no file {path}.")
     try:
-        parameters = load_checkpoint(str(path), format=path.suffix[1:])
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise DeltaFileError(f"{path} cannot be read as a checkpoint: {error}") from error
+        parameters = _compat.load_checkpoint(path)
+    except ValueError as error:
+        raise DeltaFileError(f"{str(error)[0].upper()}{str(error)[1:].rstrip('.')}.") from error
     counters = ("epoch_num", "step_num")
     return {_OLDER.get(name, name): value.asnumpy() for name, value in parameters.items() if name not in counters}

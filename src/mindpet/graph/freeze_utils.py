@@ -7,11 +7,10 @@ from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-import yaml
 from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
-from mindpet import _checks, _compat
+from mindpet import _checks, _compat, _yaml
 from mindpet._paths import forms_below
 from mindpet.delta.method import Method
 from mindpet.delta.registry import METHODS, method_named
@@ -236,8 +235,4 @@ def _read_yaml(path: str) -> Any:
         raise ReadYamlFileError(f"{path} is a symbolic link, which is refused: give the file itself.")
     if not os.path.isfile(path):
         raise ReadYamlFileError(f"There is no file {path}.")
-    try:
-        with open(path, encoding="utf-8") as file:
-            return yaml.safe_load(file)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise ReadYamlFileError(f"{path} cannot be read as YAML: {error}") from error
+    return _yaml.read(path, ReadYamlFileError)

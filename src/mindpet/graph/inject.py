@@ -102,7 +102,7 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     given = config.targets is not None  # a method's usual targets are those of several kinds of networks
     patterns = config.targets if config.targets is not None else method.targets
     report = find_targets(network, patterns, kinds, config.exclude, config.layers, method.linear, need_all=given)
-    matched = config.narrowed(report.matched)
+    matched = report.matched if report.misses else config.narrowed(report.matched)
     if config.targets == "all-linear":  # what is trained whole is not adapted as well
         whole = parameters_below(network, config.modules_to_save)
         matched = {

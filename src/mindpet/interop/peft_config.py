@@ -57,6 +57,7 @@ _REFUSED_OF = {
     },
     "PREFIX_TUNING": {},
 }
+_END = r"(.*\.)?({})$"  # how a table's key is matched with the path of a module
 _STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # init_lora_weights that leave the base weight alone
 
 
@@ -98,9 +99,11 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
             problems.append(f"{key} is unknown here, so its value {_checks.shown(value)} may change the outputs")
     if kind == "LORA":
         problems += [f"{key} is missing" for key in ("r", "lora_alpha") if config.get(key) is None]
+    lists = ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern", *(own.modules if own else ()))
+    problems += _list_problems(config, lists)
     if kind not in _BEFORE_TOKENS:
         problems += _target_problems(config)
-    return problems
+    return problems or _pattern_problems(config, own.modules if own else ())
 
 
 def _short(value: Any) -> str:
@@ -114,22 +117,37 @@ def _target_problems(config: Mapping[str, Any]) -> list[str]:
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             problems.append(f"{key} must be an object, but is {_checks.shown(config[key])}")
-    for key in ("modules_to_save", "target_modules", "exclude_modules", "layers_pattern"):
-        value = config.get(key) or []
-        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
-            problems.append(f"{key} must be a string or a list of strings, but is {_checks.shown(value)}")
-    for pattern in (*(config.get("rank_pattern") or ()), *(config.get("alpha_pattern") or ()), *_patterns(config)):
-        try:
-            re.compile(pattern)
-        except (re.error, TypeError) as error:
-            problems.append(f"{pattern!r} is not a regular expression: {error}")
     return problems
 
 
-def _patterns(config: Mapping[str, Any]) -> list[str]:
-    """The regular expressions among the lists of modules."""
-    values = (config.get("target_modules"), config.get("exclude_modules"), *_list(config.get("layers_pattern")))
-    return [value for value in values if isinstance(value, str)]
+def _list_problems(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    problems = []
+    for key in keys:
+        value = config.get(key) or []
+        if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
+            problems.append(f"{key} must be a string or a list of strings, but is {_checks.shown(value)}")
+    return problems
+
+
+def _pattern_problems(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Whether the regular expressions are some, as they are put together: in the tables, and where lists may be."""
+    tables = [key for name in ("rank_pattern", "alpha_pattern") for key in config.get(name) or ()]
+    whole = [value for key in ("target_modules", "exclude_modules", *keys) if isinstance(value := config.get(key), str)]
+    problems = []
+    for given, pattern in [
+        *((key, _END.format(key)) for key in tables),
+        *((value, value) for value in whole),
+        (config.get("layers_pattern"), _layer_pattern(config)),
+    ]:
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            problems.append(f"{given!r} is not a regular expression: {error}")
+    return problems
+
+
+def _layer_pattern(config: Mapping[str, Any]) -> str:
+    return rf".*\.(?:{'|'.join(_list(config.get('layers_pattern'))) or '[^.]*'})\.(\d+)\."
 
 
 def at_end(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
@@ -141,7 +159,7 @@ def at_end(table: Mapping[str, Any] | None, path: str, default: Any) -> Any:
     >>> at_end({"query": 4, "layer.0": 2}, "layer.0.query", 8), at_end({"layer.0": 2}, "layer.0.query", 8)
     (4, 8)
     """
-    return next((value for key, value in (table or {}).items() if re.match(rf"(.*\.)?({key})$", path)), default)
+    return next((value for key, value in (table or {}).items() if re.match(_END.format(key), path)), default)
 
 
 def named_modules(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] | None:
@@ -162,9 +180,9 @@ def named_modules(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] |
     layers = config.get("layers_to_transform")
     if layers is None or layers == [] or isinstance(targets, str):
         return found
-    names = "|".join(_list(config.get("layers_pattern"))) or r"[^.]*"
-    numbers = {path: re.match(rf".*\.(?:{names})\.(\d+)\.", path) for path in found}
-    return {path for path, number in numbers.items() if number and int(number[1]) in _list(layers)}
+    pattern = re.compile(_layer_pattern(config))
+    numbers = {path: pattern.match(path) for path in found}
+    return {path for path, number in numbers.items() if number and int(number[pattern.groups]) in _list(layers)}
 
 
 def promised(

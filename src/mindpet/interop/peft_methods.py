@@ -7,7 +7,7 @@ import numpy as np
 from mindspore import Parameter, nn
 
 from mindpet import _checks
-from mindpet.delta.method import DeltaConfig, Method, PeftNames, RankedConfig
+from mindpet.delta.method import DeltaConfig, Method, PeftNames, RankedConfig, too_long
 from mindpet.delta.registry import METHODS
 from mindpet.graph.inject import MARKER, injections
 from mindpet.interop import peft_config
@@ -88,10 +88,12 @@ def read_method(
         there = {path: peft_config.at_end(table, module, None) for path, module in targets.items()}
         options[f"{option}_pattern"] = {path: value for path, value in there.items() if value is not None}
     try:
-        return method.config(**options, targets=tuple(targets) or None, modules_to_save=tuple(kept)), values
+        config = method.config(**options, targets=tuple(targets) or None, modules_to_save=tuple(kept))
     except (TypeError, ValueError) as error:
         problems.append(str(error))
         return None, {}
+    problems += too_long(config, tensors)
+    return config, values
 
 
 def misfits(network: nn.Cell, method: Method, values: dict[str, np.ndarray]) -> list[str]:
@@ -178,7 +180,10 @@ def write_method(
         here = {module: getattr(configs[path], option) for module, (path, _) in adapted.items()}
         content[f"{option}_pattern"] = peft_config.shortest_pattern(here, getattr(first, option))
     if names.pack is not None:
-        tensors = names.pack(content, tensors)
+        try:
+            tensors = names.pack(content, tensors)
+        except ValueError as error:
+            problems.append(str(error))
     return content, tensors
 
 

@@ -102,6 +102,11 @@ class CausalLanguageModel(nn.Cell):
             self.__dict__["mindpet_step"] = Step(self)  # beside the cells of the network: it is around them
         return self.__dict__["mindpet_step"]
 
+    def forget_caches(self) -> None:
+        """Let the cell of :meth:`step` and the buffers of caches that are gone go."""
+        self.__dict__.pop("mindpet_step", None)
+        self.__dict__.pop("mindpet_buffers", None)
+
     @property
     def prefix_slot(self) -> PrefixSlot:
         """Where a prefix is, or could be; its sizes are those of all keys and values."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mindpet import _compat
+from mindpet import _checks, _compat
 from mindpet.delta.prefix_layer import PrefixTuning
 from mindpet.delta.ptuning2 import PTuning2
 from mindpet.models.cache import KeyValueCache
@@ -25,7 +25,8 @@ def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> No
     r"""Let the prefix of a language model be what its layers make of some tokens.
 
     The prefix of layer l becomes :math:`(K_l, V_l)`, the keys and values of `input_ids`, each ``(tokens, heads *
-    head_dim)``. Where a reparameterisation makes the prefix, its last layer is solved for them: with U ``(tokens,
+    head_dim)``. Where a reparameterisation makes the prefix, its embedding is scaled so that what goes into the tanh
+    has a deviation of 1, and its last layer is solved for them: with U ``(tokens,
     mid)`` the output of its tanh, :math:`[W_2, b_2] = \mathrm{argmin} \| [U, 1] [W_2, b_2]^T - (K_l, V_l) \|`, of the
     solutions the smallest; it is exact where mid + 1 is at least the number of tokens.
 
@@ -34,16 +35,25 @@ def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> No
         input_ids: tokens, over and over if they are fewer than those of the prefix.
 
     Raises:
-        ValueError: the network has no prefix, or `input_ids` is empty.
+        TypeError: `network` is not a Cell.
+        ValueError: the network has no prefix; `input_ids` is empty, or has others than ids of words.
     """
-    slot = network.prefix_slot
+    _checks.cell("start_prefix", "network", network)
+    slot = getattr(network, "prefix_slot", None)
     if not isinstance(slot, (PrefixTuning, PTuning2)):
-        raise ValueError(f"For 'start_prefix', this {type(network).__name__} has no prefix: inject one first.")
-    if not len(input_ids):
-        raise ValueError("For 'start_prefix', 'input_ids' must be tokens to start from, but is empty.")
+        raise ValueError(
+            f"For 'start_prefix', 'network' must be a language model with a prefix, but this "
+            f"{type(network).__name__} has none: inject one first."
+        )
+    ids, words = np.asarray(input_ids), network.config.vocab_size
+    if not ids.size or ids.ndim > 1 or ids.dtype.kind not in "iu" or ids.min() < 0 or ids.max() >= words:
+        raise ValueError(
+            f"For 'start_prefix', 'input_ids' must be ids from 0 to {words - 1}, one at least, "
+            f"but got {_checks.shown(input_ids)}."
+        )
     prefix = isinstance(slot, PrefixTuning)
     tokens = slot.heads_shape[0] if prefix else slot.encoder.pre_seq_len
-    pairs = _keys_and_values(network, np.resize(np.asarray(input_ids, np.int32), tokens))
+    pairs = _keys_and_values(network, np.resize(ids.astype(np.int32), tokens))
     if prefix:
         for layer, (key, value) in zip(slot.layers, pairs):
             if slot.projection:
@@ -64,15 +74,17 @@ def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> No
 
 def _keys_and_values(network: "CausalLanguageModel", ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each layer, (tokens, heads * head_dim), without the prefix that is there; operator by operator."""
-    training = network.training
+    modes = [(cell, cell.training) for _, cell in network.cells_and_names()]
     with _compat.pynative_mode():
         cache = KeyValueCache(network, 1, len(ids), bare=True)
         try:
             network.set_train(False).step(ids[None], None, cache)
         finally:
-            network.set_train(training)
+            for cell, training in modes:
+                cell.training = training
         shape = (network.prefix_slot.num_heads, -1, network.prefix_slot.head_dim)
         held = [buffer.asnumpy().reshape(shape)[:, : len(ids)] for buffer in cache.buffers]
+    network.forget_caches()  # what is to train needs none
     rows = [part.transpose(1, 0, 2).reshape(len(ids), -1).astype(np.float32) for part in held]
     return list(zip(rows[: len(rows) // 2], rows[len(rows) // 2 :]))
 
@@ -80,10 +92,10 @@ def _keys_and_values(network: "CausalLanguageModel", ids: np.ndarray) -> list[tu
 def _solve(table: Parameter, first: nn.Dense, second: nn.Dense, wanted: np.ndarray) -> None:
     """Let ``second(tanh(first(table)))`` be `wanted`, in float64."""
     rows, weight, bias = (p.asnumpy().astype(np.float64) for p in (table, first.weight, first.bias))
-    rows /= (rows @ weight.T).std()  # of about 1 inside the tanh: the smaller it is, the more a step changes the prefix
-    _set(table, rows)
+    rows /= (rows @ weight.T).std() or 1.0  # the smaller it is inside the tanh, the more a step changes the prefix
     inner = np.tanh(rows @ weight.T + bias)
     solution = np.linalg.lstsq(np.pad(inner, ((0, 0), (0, 1)), constant_values=1.0), wanted, rcond=None)[0]
+    _set(table, rows)
     _set(second.weight, solution[:-1].T)
     _set(second.bias, solution[-1])
 

@@ -6,6 +6,7 @@ axis further. MindSpore writes it with ``strategy_ckpt_config``, by default for 
 """
 
 import hashlib
+import math
 import re
 from dataclasses import dataclass, field
 from glob import glob, has_magic
@@ -14,15 +15,16 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, load_checkpoint, save_checkpoint
+from mindspore import Parameter, Tensor, save_checkpoint
 from mindspore.parallel import build_searched_strategy, rank_list_for_transform, transform_checkpoint_by_rank
 
-from mindpet import _checks
+from mindpet import _checks, _compat
 
 SUFFIXES = (".ckpt", ".safetensors")
 _COUNTERS = ("epoch_num", "step_num")  # what CheckpointConfig(append_info=...) adds
 _OTHER_MOMENT = "these files are not of one moment of one run"
-_STAGED_NAME = re.compile(r"(?:(\d+)-)?(.*)")  # merge_pipeline_strategys writes the stage before the name
+_MANY = 1 << 24  # more devices than there are anywhere
+_STAGED_NAME = re.compile(r"(?s)(?:(\d+)-)?(.*)")  # merge_pipeline_strategys writes the stage before the name
 
 
 @dataclass(frozen=True)
@@ -68,23 +70,32 @@ def read_strategy(path: str) -> tuple[dict[str, Layout], int]:
     """
     try:
         strategy = build_searched_strategy(path)
-    except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, RecursionError) as error:
         raise ValueError(f"the strategy file {path} cannot be read: {error}") from error
     layouts: dict[str, Layout] = {}
     stages = set()
-    for key, layout in (strategy or {}).items():
+    for key, stored in (strategy or {}).items():
         stage, name = _STAGED_NAME.fullmatch(key).groups()  # type: ignore[union-attr]
-        devices = tuple(layout.dev_matrix[0].dim)
-        maps = [tuple(each.dim) for each in layout.tensor_map]
-        maps = [each for each in maps if each] if len(maps) > 1 else [(number,) for number in maps[0]]
-        axes = tuple(tuple(len(devices) - 1 - number for number in each if number >= 0) for each in maps)
-        layouts.setdefault(
-            name, Layout(devices, axes, int(layout.opt_weight_shard_step), int(layout.opt_weight_shard_size))
-        )
+        layout = _layout(stored)
+        if layout is None:
+            raise ValueError(f"the strategy file {path} is broken: {key!a} cannot lie on devices as it says")
+        layouts.setdefault(name, layout)
         stages.add(stage)
     if not layouts:
         raise ValueError(f"the strategy file {path} holds no parameter")
     return layouts, next(iter(layouts.values())).ranks * len(stages)
+
+
+def _layout(stored: Any) -> Layout | None:
+    """How one parameter lies, or None where what is stored of it is impossible."""
+    devices = tuple(stored.dev_matrix[0].dim) if len(stored.dev_matrix) else ()
+    maps = [tuple(each.dim) for each in stored.tensor_map]
+    maps = [each for each in maps if each] if len(maps) > 1 else [(number,) for each in maps for number in each]
+    axes = tuple(tuple(len(devices) - 1 - number for number in each if number >= 0) for each in maps)
+    step, parts = int(stored.opt_weight_shard_step), int(stored.opt_weight_shard_size)
+    possible = len(devices) > 0 and all(0 < length < _MANY for length in devices) and math.prod(devices) < _MANY
+    possible = possible and all(0 <= axis for each in axes for axis in each) and (parts <= 1 or step > 0)
+    return Layout(devices, axes, step, parts) if possible else None
 
 
 @dataclass
@@ -130,8 +141,9 @@ class RankFiles:
         missing, more = [r for r in range(devices) if r not in self.files], [r for r in self.files if r >= devices]
         for ranks, what in ((missing, "there is no file of"), (more, "there is a file of")):
             if ranks:
+                shown = ", ".join(map(str, ranks[:20])) + (f" and {len(ranks) - 20} more" if len(ranks) > 20 else "")
                 says = f"the strategy file is for {devices} devices" if self.strategy else "there is no strategy file"
-                problems.append(f"{says}, and {what} rank {', '.join(map(str, ranks))}")
+                problems.append(f"{says}, and {what} rank {shown}")
         for rank, path in sorted(self.files.items()):
             try:
                 contents[rank] = {name: self._seen(name, value) for name, value in read(path).items()}
@@ -224,12 +236,7 @@ def read(path: Path) -> dict[str, Parameter]:
     """
     if path.suffix not in SUFFIXES:
         raise ValueError(f"{path} ends neither in .ckpt nor in .safetensors")
-    if not path.is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        return load_checkpoint(str(path), format=path.suffix[1:])
-    except Exception as error:  # MindSpore and safetensors raise a dozen kinds, some of them bare
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    return _compat.load_checkpoint(path)
 
 
 def as_array(value: Tensor) -> np.ndarray:

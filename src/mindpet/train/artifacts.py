@@ -322,10 +322,10 @@ def _dense_layers(network: nn.Cell) -> dict[str, nn.Cell]:
 
 def _labels_of(adapter: Path) -> int:
     """Rows of the head that the adapter holds, or 2."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     path = adapter / "adapter_model.safetensors"
-    if path.is_file():
+    with suppress(SafetensorError, OSError, IndexError):  # of a broken file loading it tells
         with safe_open(path, framework="np") as file:
             for name in file.keys():  # noqa: SIM118
                 if name.endswith("classifier.weight"):

@@ -34,7 +34,7 @@ from mindpet.kernels import build
 
 _log = logging.getLogger("mindpet")
 _KEPT = 100  # directories; the one that was not used for longest goes first
-_RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas")  # nothing that computes
+_RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas", "words")  # compute nothing
 _TRUSTED = ("mindspore", "mindpet")  # packages whose cells are told of in full
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, np.generic)
 
@@ -104,7 +104,6 @@ def fingerprint(cell: nn.Cell, inputs: tuple) -> str:
         if not _of(type(inner).__module__, *_TRUSTED):
             raise _NotKnown(f"{type(inner).__name__} at {path!r} is a class of {type(inner).__module__}")
         own = {name: value for name, value in vars(inner).items() if name not in _of_every_cell()}
-        own = {name: f"the cell {paths[id(one)]}" if id(one) in paths else one for name, one in own.items()}
         flags = (inner.training, inner.get_flags(), _compat.is_recomputed(inner))
         children = {name: paths[id(child)] for name, child in _compat.children(inner).items()}  # shared ones too
         parameters = {name: parameter.name for name, parameter in _compat.own_parameters(inner).items()}

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from mindpet import _yaml
 from mindpet._methods import MODULES
 
 METHOD_NAMES = (*MODULES, "full")
@@ -24,14 +25,17 @@ class RunFileError(ValueError):
 Count = Annotated[int, Field(strict=True)]  # true and 3.0 are no counts
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(_yaml.Loader):
     """Safe YAML in which 1e-3 is a number, as people write it, and a key that stands twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = [key for index, key in enumerate(keys) if key in keys[:index]]
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice[0]!r} stands twice", node.start_mark)
+        names = [name for name, _ in node.value] if isinstance(node, yaml.MappingNode) else []
+        seen = set()
+        for name in (name for name in names if isinstance(name, yaml.ScalarNode)):  # others are refused below
+            key = self.construct_object(name)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", name.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -237,7 +241,7 @@ def foreign_keys(config: RunConfig, task: str) -> list[str]:
     """The keys of a run file that say something, and concern another task than that of its model."""
     owners = {
         "classification": ("data.text_pair", "data.label", "model.pooling"),
-        "language": ("data.prompt", "data.response", "data.messages", "data.packing"),
+        "language": ("data.prompt", "data.response", "data.messages", "data.packing", "train.prefix_start"),
     }
     found = []
     for name in (name for other, names in owners.items() if other != task for name in names):
@@ -278,7 +282,7 @@ def _apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems
             problems.append(f"{override!r} is not section.key=value, for instance train.epochs=3")
             continue
         try:
-            parsed = yaml.load(value, _Loader)
+            parsed = _yaml.parse(value, _Loader)
         except yaml.YAMLError:
             parsed = value
         section = content.setdefault(parts[0], {})
@@ -361,10 +365,7 @@ def _read(path: Path) -> dict[str, Any]:
             path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
         )
         raise RunFileError(f"There is no run file {path}{'; near it: ' + ', '.join(close) if close else ''}.")
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        raise RunFileError(f"{path} cannot be read as YAML: {error}") from error
+    content = _yaml.read(path, RunFileError, _Loader)
     if content is None:
         return {}
     if not isinstance(content, dict):

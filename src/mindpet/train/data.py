@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,9 +116,9 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, ValueError(f"{error}{what}")
                 continue
             if header is None:
-                twice = sorted({name for name in cells if cells.count(name) > 1})
+                twice = sorted(name for name, count in Counter(cells).items() if count > 1)
                 if twice:
-                    raise DataError(f"{path} has two columns with the same name: {', '.join(twice)}.")
+                    raise DataError(f"{path} has two columns with the same name: {_printable(twice)}.")
                 header = cells
             elif cells and len(cells) != len(header):
                 yield number, ValueError(f"{len(cells)} fields where the header has {len(header)}")
@@ -154,7 +155,7 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
         return f"not an object but {type(record).__name__}"
     for key in keys:
         if key not in record:
-            return f"no '{key}' (it has: {', '.join(map(str, record)) or 'nothing'})"
+            return f"no '{key}' (it has: {_printable(record) or 'nothing'})"
         value = record[key]
         if value is None or isinstance(value, (dict, list)):
             return f"'{key}' is {'null' if value is None else 'not a text'}"
@@ -163,6 +164,11 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
         if not is_unicode(str(value)):
             return f"'{key}' is not UTF-8"
     return ""
+
+
+def _printable(names: Iterable[Any]) -> str:
+    """Names in a row; what is not UTF-8 in them as it is escaped in Python."""
+    return ", ".join(map(str, names)).encode(errors="backslashreplace").decode()
 
 
 def is_unicode(text: str) -> bool:

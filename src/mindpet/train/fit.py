@@ -354,8 +354,10 @@ class Fit:
             raise CannotResume(f"There is no {path} to go on from: no step was saved before the run stopped.")
         tensors, metadata = _files.read_tensors(path, CannotResume)
         try:
-            state = json.loads(metadata["state"])
-        except (KeyError, TypeError, ValueError) as error:
+            state = _files.parse_json(metadata["state"])
+            total, data = state.pop("total"), state.pop("data")
+            progress = Progress(**state)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CannotResume(f"{path} cannot be read: {error}") from error
         here = self._state()
         differ = sorted(tensors.keys() ^ here.keys())
@@ -363,13 +365,13 @@ class Fit:
         differ += [name for name in tensors.keys() & here.keys() if tensors[name].size != here[name].size]
         if differ:
             raise CannotResume(f"{path} is of another network or optimizer: {', '.join(differ[:5])} do not fit.")
-        if state.pop("total") != self.total:
+        if total != self.total:
             raise CannotResume(f"{path} is of a run with another number of steps.")
-        if state.pop("data") != self.digest:
+        if data != self.digest:
             raise CannotResume(f"The data has changed since the run in {self.directory} began.")
         for name, value in tensors.items():
             here[name].set_data(Tensor(value.reshape(here[name].shape)))
-        self.progress = Progress(**state)
+        self.progress = progress
         self.saved_step = self.progress.step
 
     def _compile(self, cell: nn.Cell, *rows: Any) -> None:
@@ -386,10 +388,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a ``metrics.jsonl``; a last line that a kill cut short is left out."""
     records = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
+                records.append(_files.parse_json(line))
+            except ValueError:
                 break
     return records
 

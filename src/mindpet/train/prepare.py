@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mindpet.delta.prefix_slot import PrefixSlot
+from mindpet.delta.prompt_slot import PromptSlot
+from mindpet.delta.registry import method_named
 from mindpet.models.pretrained import Pretrained, open_pretrained
 from mindpet.train.config import RunConfig, RunFileError, foreign_keys, method_config
 from mindpet.train.data import DataError, Encoded, Rows, encode, overlapping, read_rows, split_rows
@@ -73,7 +76,9 @@ def open_model(config: RunConfig) -> Pretrained:
         raise RunFileError(
             f"{', '.join(wrong)}: not for {kind}, which the model in {config.model.path} becomes ({_kind(pretrained)})."
         )
-    prefix = 0 if config.method.name == "full" else getattr(method_config(config.method), "tokens", 0)
+    prefix = 0
+    if config.method.name != "full" and {PrefixSlot, PromptSlot} & method_named(config.method.name).adapt.keys():
+        prefix = method_config(config.method).tokens
     sizes = family.config.from_content(pretrained.config, str(config.model.path))  # with what config.json leaves out
     positions = getattr(sizes, family.positions)
     if config.data.max_length + prefix > positions:

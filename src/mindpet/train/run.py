@@ -9,7 +9,6 @@ from typing import Any
 
 import mindspore as ms
 import numpy as np
-import yaml
 from mindspore import nn
 
 from mindpet import _compat, _files
@@ -101,6 +100,13 @@ def peak_learning_rate(config: RunConfig) -> float:
     return FULL_LEARNING_RATE if config.method.name == "full" else method_named(config.method.name).learning_rate
 
 
+def with_rate(config: RunConfig) -> RunConfig:
+    """The same run with its learning rate written down."""
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"learning_rate": peak_learning_rate(config)})}
+    )
+
+
 def starts_from_text(config: RunConfig) -> bool:
     """Whether the run's method is a prefix that begins as the first training tokens would."""
     wanted = config.train.prefix_start == "text" and config.method.name != "full"
@@ -130,7 +136,7 @@ def finetune(
         Interrupted, Diverged, CannotResume: see :meth:`mindpet.train.fit.Fit.run`.
     """
     reporter = reporter or Reporter()
-    config = with_absolute_paths(config)
+    config = with_rate(with_absolute_paths(config))
     directory = Path(config.output.directory)
     _check_directory(config, directory, resume, overwrite)
     if config.parallel.processes > 1 and not launched():
@@ -328,12 +334,15 @@ def _check_directory(config: RunConfig, directory: Path, resume: bool, overwrite
         raise CannotResume(f"{directory} has no run.yaml: there is nothing to go on from.")
     if (directory / "report.json").is_file():
         raise CannotResume(f"The run in {directory} is finished; see its report.json.")
-    old, new = yaml.safe_load(there.read_text(encoding="utf-8")), yaml.safe_load(as_yaml(config))
+    try:
+        old, new = (one.model_dump(mode="json") for one in (with_rate(load_run(there)), config))
+    except RunFileError as error:
+        raise CannotResume(f"It cannot be told what the run in {directory} was. {error}") from error
     changed = [
-        f"{section}.{key}: it was {old.get(section, {}).get(key)!r}, now {new.get(section, {}).get(key)!r}"
+        f"{section}.{key}: it was {old[section].get(key)!r}, now {new[section].get(key)!r}"
         for section in ("model", "method", "data", "train")
-        for key in sorted({*old.get(section, {}), *new.get(section, {})})
-        if old.get(section, {}).get(key) != new.get(section, {}).get(key)
+        for key in sorted({*old[section], *new[section]})
+        if old[section].get(key) != new[section].get(key)
     ]
     if changed:
         raise CannotResume(f"The run in {directory} was begun with other settings:\n  " + "\n  ".join(changed))
