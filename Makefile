@@ -11,7 +11,7 @@ HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help install fetch models corpora comparison quickstart test exhaustive interop mindformers lint format docs bench bench-quick clean
+.PHONY: help install fetch models corpora comparison quickstart test exhaustive fuzz interop mindformers lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -72,6 +72,10 @@ test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
 
 exhaustive: $(FETCHED) $(MODELS)  ## run the tests of every combination that `make test` tries a few of: half an hour
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+
+fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [READERS="gguf e5"]
+	@$(PIP) -c constraints.txt -e '.[dev,fuzz]'
+	$(BIN)/python -m fuzz --runs $(if $(filter command line environment,$(origin RUNS)),$(RUNS),100000) $(READERS)
 
 interop: $(COMPARED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
 	$(BIN)/python -m pytest -m interop $(ARGS)

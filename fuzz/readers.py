@@ -25,12 +25,16 @@ from typing import Any
 os.environ.setdefault("GLOG_v", "4")  # MindSpore's own log: only what is critical
 
 import numpy as np
+from gguf import GGMLQuantizationType
 from mindspore import nn, save_checkpoint
 from mindspore.train.node_strategy_pb2 import ParallelStrategyMap
+from tests import tiny
+from tests.models import causal, test_e5, test_gguf
 
 import mindpet
 from mindpet import _files
 from mindpet.delta.adapter_fusion import read_adapter
+from mindpet.delta.method import Method
 from mindpet.delta.registry import METHODS
 from mindpet.graph.deltas import DeltaFileError
 from mindpet.graph.freeze_utils import freeze_from_config
@@ -43,8 +47,6 @@ from mindpet.parallel import load_distributed_delta
 from mindpet.train.config import DataSection, RunFileError, as_yaml, load_run, template
 from mindpet.train.data import DataError, read_rows
 from mindpet.train.language import read_texts
-from tests import tiny
-from tests.models import causal, test_e5, test_gguf
 
 SECONDS, BYTES = 2.0, 1 << 28  # of the processor, and of memory
 _FORBIDDEN = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect")
@@ -65,7 +67,7 @@ class Reader:
     file: str
     read: Callable[[Path], Any]
     errors: tuple[type[Exception], ...]
-    seeds: Callable[[Path], list[bytes]] = field(repr=False)
+    seeds: Callable[[Path], Iterator[bytes]] = field(repr=False)
 
 
 def outcome(reader: Reader, path: Path) -> tuple[str, str]:
@@ -85,8 +87,13 @@ def outcome(reader: Reader, path: Path) -> tuple[str, str]:
                 where, what = f"message at {place}", f"it cannot be written: {str(error)!r:.300}"
     seconds = time.process_time() - started
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held) * 1024
-    wrong = [("time", f"{seconds:.1f} seconds")] * (seconds > SECONDS) + [("memory", f"{grown >> 20} MB")] * (grown > BYTES)
-    return next(iter([(where, what)] * bool(where) + [(one, one) for one in done] + wrong), ("", ""))
+    if not where and done:
+        where = what = done[0]
+    elif not where and seconds > SECONDS:
+        where, what = "time", f"{seconds:.1f} seconds"
+    elif not where and grown > BYTES:
+        where, what = "memory", f"{grown >> 20} MB"
+    return where, what
 
 
 def _origin(error: BaseException) -> tuple[str, bool]:
@@ -220,71 +227,73 @@ def _strategy(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ valid files
 
 
-def _run_files(path: Path) -> list[bytes]:
+def _run_files(path: Path) -> Iterator[bytes]:
+    yield template("m", "d").encode()
+    yield as_yaml(load_run(None, ["model.path=m", "data.train=d"])).encode()
     sections = {"model": {"path": "m"}, "data": {"train": "d.jsonl"}, "method": {"name": "lora", "rank": 4}}
     sections |= {"compare": {"methods": ["lora"], "settings": {"lora": {"train.learning_rate": 1e-3}}}}
-    others = [{**sections, "method": {"name": name, **asdict(method.config())}} for name, method in METHODS.items()]
-    whole = load_run(None, ["model.path=m", "data.train=d"])
-    return [template("m", "d").encode(), as_yaml(whole).encode(), *(json.dumps(one).encode() for one in (sections, *others))]
+    yield json.dumps(sections).encode()
+    for name, method in METHODS.items():
+        with contextlib.suppress(ValueError):  # some have no usual configuration
+            yield json.dumps({**sections, "method": {"name": name, **asdict(method.config())}}).encode()
 
 
-def _freeze_files(path: Path) -> list[bytes]:
-    return [b"freeze:\n  include: ['*bias', \"0.weight\"]\n  exclude:\n  - '*gamma'\n", b'{"freeze": {"include": ["*"]}}']
+def _freeze_files(path: Path) -> Iterator[bytes]:
+    yield b"freeze:\n  include: ['*bias', \"0.weight\"]\n  exclude:\n  - '*gamma'\n"
+    yield b'{"freeze": {"include": ["*"]}}'
 
 
-def _tensor_files(path: Path) -> list[bytes]:
+def _tensor_files(path: Path) -> Iterator[bytes]:
     tensors = {"a": np.ones((2, 3), np.float32), "b": np.zeros((), np.int64), "c": np.ones((0, 2), np.float16)}
     _files.write_tensors(path, tensors, {"format": "pt"})
-    content = path.read_bytes()
-    return [content, content.replace(b'"F16"', b'"BF16"').replace(b" " * 3, b" " * 2)]
+    yield path.read_bytes()
+    yield path.read_bytes().replace(b'"F16"', b'"U16"')
 
 
-def _delta_files(path: Path) -> list[bytes]:
-    found = []
-    for name, method in METHODS.items():
-        network = causal.build("llama")
-        with contextlib.suppress(ValueError, TypeError):
-            mindpet.save_delta(inject(network, method.config()), path.parent)
-            found.append(path.read_bytes())
-    return found
-
-
-def _peft_files(path: Path) -> list[bytes]:
-    found = []
-    (path.parent / "kinds").mkdir()
+def _tuned() -> Iterator[tuple[Method, nn.Cell]]:
+    """A small network with each of the methods that can be in it."""
     for method in METHODS.values():
         with contextlib.suppress(ValueError, TypeError):
-            save_peft(inject(causal.build("llama"), method.config()), path.parent)
-            found.append(path.read_bytes() if path.suffix == ".json" else (path.parent / path.name).read_bytes())
-            kind = peft_kind(method)
+            yield method, inject(causal.build("llama"), method.config())
+
+
+def _delta_files(path: Path) -> Iterator[bytes]:
+    for _, network in _tuned():
+        mindpet.save_delta(network, path.parent)
+        yield path.read_bytes()
+
+
+def _peft_files(path: Path) -> Iterator[bytes]:
+    (path.parent / "kinds").mkdir(exist_ok=True)
+    for method, network in _tuned():
+        if kind := peft_kind(method):
+            save_peft(network, path.parent)
             shutil.copy(path.parent / "adapter_model.safetensors", path.parent / "kinds" / f"{kind}.safetensors")
-    return found
+            yield path.read_bytes()
 
 
-def _lora_files(path: Path) -> list[bytes]:
+def _lora_files(path: Path) -> Iterator[bytes]:
     save_peft(inject(causal.build("llama"), METHODS["lora"].config()), path.parent)
-    return [path.read_bytes()]
+    yield path.read_bytes()
 
 
-def _gguf_files(path: Path) -> list[bytes]:
-    found = []
-    for kind in ("F32", "Q4_1", "F16"):
-        test_gguf.write(path, kind=getattr(test_gguf.gguf.GGMLQuantizationType, "F32" if kind == "Q4_1" else kind))
-        found.append(path.read_bytes())
-    return found
+def _gguf_files(path: Path) -> Iterator[bytes]:
+    for kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16):
+        test_gguf.write(path, kind=kind)
+        yield path.read_bytes()
 
 
-def _e5_files(path: Path) -> list[bytes]:
-    return [test_e5.write_file(path, test_e5.tensors_of(np.random.default_rng(0))).read_bytes()]
+def _e5_files(path: Path) -> Iterator[bytes]:
+    yield test_e5.write_file(path, test_e5.tensors_of(np.random.default_rng(0))).read_bytes()
 
 
-def _rank_files(path: Path) -> list[bytes]:
+def _rank_files(path: Path) -> Iterator[bytes]:
     values = [{"name": p.name, "data": p} for p in _network("lora").trainable_params()]
     save_checkpoint(values, str(path), format=path.suffix[1:])
-    return [path.read_bytes()]
+    yield path.read_bytes()
 
 
-def _strategy_files(path: Path) -> list[bytes]:
+def _strategy_files(path: Path) -> Iterator[bytes]:
     trained = _network("lora").trainable_params()
     for rank in (0, 1):
         save_checkpoint([{"name": p.name, "data": p} for p in trained], str(path.parent / f"rank_{rank}.ckpt"))
@@ -296,42 +305,46 @@ def _strategy_files(path: Path) -> list[bytes]:
         layout.tensor_map.add().dim.extend([-1] * parameter.ndim)
         layout.param_split_shape.add()
         layout.field, layout.opt_weight_shard_step, layout.opt_weight_shard_size = 0, 0, 0
-    return [content.SerializeToString()]
+    yield content.SerializeToString()
 
 
-def _lines(path: Path) -> list[bytes]:
-    turns = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
-    rows = [{"text": "one", "label": 1}, {"prompt": "?", "response": "!"}, turns]
-    return [json.dumps(row).encode() + b"\n" for row in rows]
+def _lines(path: Path) -> Iterator[bytes]:
+    yield b'{"text": "one", "label": 1}\n{"text": "two", "label": "b"}\n'
+    yield b'{"prompt": "?", "response": "!"}\n'
+    yield b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n'
 
 
-def _tables(path: Path) -> list[bytes]:
+def _tables(path: Path) -> Iterator[bytes]:
     mark = b"\t" if path.suffix == ".tsv" else b","
-    return [b"text" + mark + b"label\n" + b'"one, ""two"""' + mark + b"1\n"]
+    yield b"text" + mark + b"label\n" + b'"one, ""two"""' + mark + b"1\n"
 
 
-def _configs(path: Path) -> list[bytes]:
-    kinds = {"bert": tiny.SIZES, "llama": causal.LLAMA, "gpt2": causal.GPT2}
-    return [json.dumps({"model_type": kind, "eos_token_id": 2, **sizes}).encode() for kind, sizes in kinds.items()]
+def _plain(path: Path) -> Iterator[bytes]:
+    yield "one\ntwo é\n".encode()
 
 
-def _tokenizers(path: Path) -> list[bytes]:
+def _configs(path: Path) -> Iterator[bytes]:
+    for kind, sizes in {"bert": tiny.SIZES, "llama": causal.LLAMA, "gpt2": causal.GPT2}.items():
+        yield json.dumps({"model_type": kind, "eos_token_id": 2, **sizes}).encode()
+
+
+def _tokenizers(path: Path) -> Iterator[bytes]:
     tiny.write_model(path.parent)
-    found = [path.read_bytes()]
+    yield path.read_bytes()
     for file, write in (("a.gguf", _gguf_files), ("a.bin", _e5_files)):
-        write(path.parent / file)
-        found.append(load_tokenizer(path.parent / file).to_str().encode())
-    return found
+        next(write(path.parent / file))
+        yield load_tokenizer(path.parent / file).to_str().encode()
 
 
-def _indices(path: Path) -> list[bytes]:
+def _indices(path: Path) -> Iterator[bytes]:
     tiny.write_model(path.parent)
-    return [json.dumps({"weight_map": {"a": "model.safetensors"}}).encode()]
+    yield b'{"weight_map": {"a": "model.safetensors"}}'
 
 
-def _templates(path: Path) -> list[bytes]:
+def _templates(path: Path) -> Iterator[bytes]:
     tiny.write_model(path.parent)
-    return [b'{"chat_template": [{"name": "default", "template": "<|im_start|>"}]}', b'{"chat_template": "<|im_end|>"}']
+    yield b'{"chat_template": [{"name": "default", "template": "<|im_start|>"}]}'
+    yield b'{"chat_template": "<|im_start|> <|im_end|>"}'
 
 
 def _shared(path: Path) -> None:
@@ -360,9 +373,7 @@ READERS = {
     "jsonl": Reader("rows.jsonl", _rows, (DataError,), _lines),
     "csv": Reader("rows.csv", _rows, (DataError,), _tables),
     "tsv": Reader("rows.tsv", _rows, (DataError,), _tables),
-    "txt": Reader(
-        "text.txt", lambda path: read_texts(path, DataSection(train="t")), (DataError,), lambda path: [b"one\ntwo \xc3\xa9\n"]
-    ),
+    "txt": Reader("text.txt", lambda path: read_texts(path, DataSection(train="t")), (DataError,), _plain),
     "config": Reader("config.json", _config, (PretrainedFilesError,), _configs),
     "tokenizer": Reader("tokenizer.json", _tokenizer, (PretrainedFilesError,), _tokenizers),
     "index": Reader(

@@ -26,8 +26,8 @@ prints it with all defaults filled in. [Write a run file](how-to/run-file.md) go
 
 A file is YAML with the sections below. Only `model.path` and `data.train` must be there. A key that is left out or left
 empty has its default. An unknown key is an error that names near ones. All problems are told at once. On
-the command line `section.key=value` goes over the file: `mindpet finetune run.yaml train.epochs=3`. Paths are relative to
-the directory in which the command runs.
+the command line `section.key=value` goes over the file: `mindpet finetune run.yaml train.epochs=3`. Paths are relative
+to the directory in which the command runs.
 """
 
 METHODS = """\

@@ -3,6 +3,7 @@
 import copy
 import gc
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import zip_longest
@@ -20,6 +21,7 @@ from mindspore.train import CheckpointConfig
 from mindspore.train.callback import _checkpoint
 from mindspore.train.callback._checkpoint import CheckpointManager as CheckpointManager
 from mindspore.train.checkpoint_pb2 import Checkpoint
+from safetensors import safe_open
 
 # Bytes of each kind of number in a checkpoint; a text has as many as it has.
 _BYTES = {"Int4": 1, "Int8": 1, "UInt8": 1, "Bool": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2}
@@ -201,10 +203,14 @@ def load_checkpoint(path: Path) -> dict[str, ms.Parameter]:
     Raises:
         ValueError: it is missing or broken, or holds a map in the place of a tensor.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"there is no file {path}")
     try:
-        problems = _broken_tensors(path.read_bytes()) if path.suffix == ".ckpt" else []
+        if path.suffix == ".ckpt":
+            problems = _broken_tensors(path.read_bytes())
+        else:
+            with safe_open(path, framework="np"):  # its head is checked; MindSpore would leave a broken file open
+                problems = []
         content = {} if problems else ms.load_checkpoint(str(path), format=path.suffix[1:])
     except Exception as error:  # MindSpore, protobuf and safetensors raise a dozen kinds, some of them bare
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error

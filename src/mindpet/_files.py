@@ -54,19 +54,20 @@ def read_tensors(
     """The tensors and the metadata of a safetensors file, or the error that `wrong` makes of what is the matter."""
     from safetensors import SafetensorError, safe_open
 
-    if not Path(path).is_file():
+    if not os.path.isfile(path):  # Path.is_file raises where a name is too long
         raise wrong(f"There is no file {path}.")
     try:
         with safe_open(path, framework="np") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    # AttributeError: NumPy has no such kind of numbers, of eight or four bits for instance
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise wrong(f"{path} cannot be read as safetensors: {error}") from error
 
 
 def read_json(path: Path | str, wrong: Callable[[str], Exception] = ValueError) -> Any:
     """The content of a JSON file, or the error that `wrong` makes of what is the matter with it."""
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise wrong(f"There is no file {path}.")
     try:
         return parse_json(path.read_text(encoding="utf-8"))

@@ -6,13 +6,24 @@ from typing import Any
 
 import yaml
 
+_DEEP = 100
 _FEW = 10_000  # values that a file may have come to through its aliases, however small it is
 # what PyYAML raises besides its own errors, for instance for 2001-13-01, !!bool x and !!int of nothing
 _STRAY = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class Loader(yaml.SafeLoader):
-    """Safe YAML whose aliases neither contain themselves nor make a small file a large one."""
+    """Safe YAML, not nested deeply, whose aliases neither contain themselves nor make a small file a large one."""
+
+    depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.depth >= _DEEP:  # PyYAML takes the longer for a bracket the more are open
+            raise yaml.composer.ComposerError(None, None, f"it is nested more than {_DEEP} deep")
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
 
     def get_single_node(self) -> Any:
         node = super().get_single_node()

@@ -27,6 +27,7 @@ AFTER_BLOCKS = (
 )
 
 
+_AXES = ("butterfly_factors", "encoder_hidden", "frequencies", "initial_rank", "num_tasks", "rank", "size", "tokens")
 _HARMLESS = 1024  # an axis that takes little memory, whatever the file says
 
 
@@ -83,8 +84,7 @@ class DeltaConfig:
 
     def axes(self) -> dict[str, int]:
         """Options that are lengths of axes of what is saved: a file without so long an axis was not made with them."""
-        names = "butterfly_factors encoder_hidden frequencies initial_rank num_tasks rank size tokens".split()
-        return {name: value for name in names if type(value := getattr(self, name, None)) is int}
+        return {name: value for name in _AXES if type(value := getattr(self, name, None)) is int}
 
     def stored(self) -> "Self":
         """What a saved delta keeps of it; methods that read other files to begin with leave those out."""

@@ -7,6 +7,7 @@ A directory has ``adapter_config.json`` (:mod:`~mindpet.interop.peft_config`) an
 the base model.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -186,8 +187,8 @@ def _misfit(directory: Path, problems: list[str]) -> PeftFormatError:
 
 def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
     path = directory / "adapter_model.safetensors"
-    if not path.is_file():
-        pickled = (directory / "adapter_model.bin").is_file()
+    if not os.path.isfile(path):
+        pickled = os.path.isfile(directory / "adapter_model.bin")
         hint = "; pickled weights (adapter_model.bin) are not read: save them as safetensors" if pickled else ""
         raise PeftFormatError(f"There is no file {path}{hint}.")
     try:

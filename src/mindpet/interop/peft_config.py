@@ -123,7 +123,7 @@ def _target_problems(config: Mapping[str, Any]) -> list[str]:
 def _list_problems(config: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
     problems = []
     for key in keys:
-        value = config.get(key) or []
+        value = [] if config.get(key) is None else config[key]
         if not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(one, str) for one in value)):
             problems.append(f"{key} must be a string or a list of strings, but is {_checks.shown(value)}")
     return problems

@@ -227,10 +227,10 @@ def _short(value: float) -> float:
 
 
 def _open(path: str | Path) -> _File:
-    path = Path(path).resolve()
     try:
+        path = Path(path).resolve()
         stat = path.stat()
-    except OSError as error:
+    except (OSError, ValueError, RuntimeError) as error:  # a NUL in its name; links in a circle
         raise PretrainedFilesError(f"{path} cannot be read: {error}") from error
     return _parsed(path, stat.st_mtime_ns, stat.st_size)
 

@@ -1,5 +1,6 @@
 """Weights in Hugging Face's layout, read without torch: ``config.json`` and safetensors files in one directory."""
 
+import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -68,7 +69,7 @@ def read_tensors(directory: Path) -> dict[str, np.ndarray]:
         names = ["model.safetensors"]
     tensors: dict[str, np.ndarray] = {}
     for name in names:
-        if not (directory / name).is_file():
+        if not os.path.isfile(directory / name):
             there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
             hint = (
                 "; pickled weights (.bin) are not read: save them as safetensors"
@@ -94,7 +95,7 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     try:
         try:
             return load_file(path)
-        except (KeyError, TypeError, ValueError):  # bfloat16: NumPy has no such dtype
+        except (KeyError, TypeError, ValueError, AttributeError):  # bfloat16: NumPy has no such dtype
             tensors = {}
             for name, entry in deserialize(path.read_bytes()):
                 if entry["dtype"] == "BF16":

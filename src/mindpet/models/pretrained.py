@@ -1,5 +1,6 @@
 """Sizes, weights and tokenizer of a pre-trained model, whatever kind of files it comes in."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def open_pretrained(path: str | Path) -> Pretrained:
         PretrainedFilesError: nothing there, or nothing of these kinds.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         kind = _Kind(_directory_config, read_tensors, _directory_tokenizer, _directory_template)
     else:
         kind = _kind_of_file(path)
@@ -149,8 +150,8 @@ def _kind_of_file(path: Path) -> _Kind:
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
-    except OSError as error:
-        beside = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+    except (OSError, ValueError) as error:
+        beside = sorted(entry.name for entry in path.parent.iterdir())[:8] if os.path.isdir(path.parent) else []
         hint = f"; beside it: {', '.join(beside)}" if beside else ""
         raise PretrainedFilesError(f"There is no file or directory {path} that can be read{hint}.") from error
     if magic == gguf.MAGIC:

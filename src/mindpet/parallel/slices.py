@@ -94,7 +94,7 @@ def _layout(stored: Any) -> Layout | None:
     axes = tuple(tuple(len(devices) - 1 - number for number in each if number >= 0) for each in maps)
     step, parts = int(stored.opt_weight_shard_step), int(stored.opt_weight_shard_size)
     possible = len(devices) > 0 and all(0 < length < _MANY for length in devices) and math.prod(devices) < _MANY
-    possible = possible and all(0 <= axis for each in axes for axis in each) and (parts <= 1 or step > 0)
+    possible = possible and all(axis >= 0 for each in axes for axis in each) and (parts <= 1 or step > 0)
     return Layout(devices, axes, step, parts) if possible else None
 
 

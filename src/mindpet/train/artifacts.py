@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import cleandoc
@@ -325,9 +326,9 @@ def _labels_of(adapter: Path) -> int:
     from safetensors import SafetensorError, safe_open
 
     path = adapter / "adapter_model.safetensors"
-    with suppress(SafetensorError, OSError, IndexError):  # of a broken file loading it tells
-        with safe_open(path, framework="np") as file:
-            for name in file.keys():  # noqa: SIM118
-                if name.endswith("classifier.weight"):
-                    return file.get_slice(name).get_shape()[0]
+    # what is wrong with a broken file is told when it is loaded
+    with suppress(SafetensorError, OSError, IndexError), safe_open(path, framework="np") as file:
+        for name in file.keys():  # noqa: SIM118
+            if name.endswith("classifier.weight"):
+                return file.get_slice(name).get_shape()[0]
     return 2

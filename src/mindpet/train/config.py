@@ -1,6 +1,7 @@
 """The run file: what it may say, where it comes from, and what is wrong with it, all problems at once."""
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -360,9 +361,9 @@ def template(model: str = "path/to/model", train: str = "path/to/train.jsonl") -
 
 
 def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         close = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*")] if path.parent.is_dir() else []
+            path.name, [p.name for p in path.parent.glob("*")] if os.path.isdir(path.parent) else []
         )
         raise RunFileError(f"There is no run file {path}{'; near it: ' + ', '.join(close) if close else ''}.")
     content = _yaml.read(path, RunFileError, _Loader)

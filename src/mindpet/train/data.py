@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -59,7 +60,7 @@ def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: 
         DataError: nothing there, an unknown kind of file, no row that can be used.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         rows = _folder(path)
     else:
         rows = _from_records(path, read_records(path, "or a folder per label"), text, label, pair)
@@ -75,8 +76,8 @@ def read_records(path: Path, otherwise: str) -> Iterator[tuple[int, Any]]:
         DataError: no file there, or none of the known kinds; `otherwise` says what else may be given.
     """
     readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
-    if not path.exists():
-        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if path.parent.is_dir() else []
+    if not os.path.exists(path):
+        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if os.path.isdir(path.parent) else []
         raise DataError(f"There is no file or folder {path}" + (f"; beside it: {', '.join(near)}." if near else "."))
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, {otherwise}.")

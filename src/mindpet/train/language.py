@@ -5,6 +5,7 @@ nothing of it is lost; a row that is too long loses its end. Every token but the
 """
 
 import bisect
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from mindpet.train.data import DataError, Encoded, Rows, is_unicode, problem_wit
 
 def is_plain(path: str | Path) -> bool:
     """Whether the texts of that path are documents: a ``.txt`` file or a folder of them."""
-    return Path(path).is_dir() or Path(path).suffix.lower() == ".txt"
+    return os.path.isdir(path) or Path(path).suffix.lower() == ".txt"
 
 
 def read_texts(path: str | Path, data: DataSection) -> Rows:
@@ -31,7 +32,7 @@ def read_texts(path: str | Path, data: DataSection) -> Rows:
     """
     path = Path(path)
     rows = Rows([], [])
-    found = _documents(path) if is_plain(path) and path.exists() else _records(path, data)
+    found = _documents(path) if is_plain(path) and os.path.exists(path) else _records(path, data)
     for where, text, problem in found:
         if problem:
             rows.broken.append(f"{where}: {problem}")
