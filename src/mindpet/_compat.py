@@ -23,6 +23,8 @@ from mindspore.train.callback._checkpoint import CheckpointManager as Checkpoint
 from mindspore.train.checkpoint_pb2 import Checkpoint
 from safetensors import safe_open
 
+# Kinds of numbers that MindSpore reads from a .safetensors file.
+_SAFETENSORS = {"BOOL", "U8", "I8", "U16", "I16", "F16", "BF16", "U32", "I32", "F32", "U64", "I64", "F64"}
 # Bytes of each kind of number in a checkpoint; a text has as many as it has.
 _BYTES = {"Int4": 1, "Int8": 1, "UInt8": 1, "Bool": 1, "Int16": 2, "UInt16": 2, "Float16": 2, "BFloat16": 2}
 _BYTES |= {"Int32": 4, "UInt32": 4, "Float32": 4, "Int64": 8, "UInt64": 8, "Float64": 8, "str": 0}
@@ -209,8 +211,9 @@ def load_checkpoint(path: Path) -> dict[str, ms.Parameter]:
         if path.suffix == ".ckpt":
             problems = _broken_tensors(path.read_bytes())
         else:
-            with safe_open(path, framework="np"):  # its head is checked; MindSpore would leave a broken file open
-                problems = []
+            with safe_open(path, framework="np") as file:  # MindSpore would leave a file open that it cannot read
+                kinds = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            problems = [f"{name} is of the kind {kind}" for name, kind in kinds.items() if kind not in _SAFETENSORS]
         content = {} if problems else ms.load_checkpoint(str(path), format=path.suffix[1:])
     except Exception as error:  # MindSpore, protobuf and safetensors raise a dozen kinds, some of them bare
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
