@@ -174,6 +174,18 @@ def set_value(parameter: ms.Parameter, value: ms.Tensor) -> None:
 
 
 @contextmanager
+def evaluating(cell: nn.Cell) -> Iterator[nn.Cell]:
+    """Within the block nothing in a Cell trains, so nothing drops; afterwards each part of it is as it was."""
+    before = [(inner, inner.training, inner._phase) for _, inner in cell.cells_and_names()]
+    try:
+        yield cell.set_train(False)
+    finally:
+        for inner, training, phase in before:
+            inner.add_flags(training=training)
+            inner._phase = phase
+
+
+@contextmanager
 def pynative_mode() -> Iterator[None]:
     """Within the block every operator runs by itself, for what happens once and is not worth compiling."""
     mode = ms.get_context("mode")

@@ -90,6 +90,11 @@ def parse_json(text: str) -> Any:
     return value
 
 
+def is_unicode(text: str) -> bool:
+    """Whether it can be written in UTF-8: there is no half of a pair of surrogates in it."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from mindpet._files import is_unicode
+
 _DEEP = 100
 _FEW = 10_000  # values that a file may have come to through its aliases, however small it is
 # what PyYAML raises besides its own errors, for instance for 2001-13-01, !!bool x and !!int of nothing
@@ -34,7 +36,7 @@ class Loader(yaml.SafeLoader):
 
     def construct_scalar(self, node: Any) -> Any:
         value = super().construct_scalar(node)
-        if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        if isinstance(value, str) and not is_unicode(value):
             raise yaml.constructor.ConstructorError(None, None, "half a surrogate pair is no text", node.start_mark)
         return value
 

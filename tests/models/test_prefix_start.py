@@ -62,3 +62,10 @@ def test_layers_that_do_not_train_stay_so_and_no_cache_stays():
     assert network.training
     assert not network.model.layers[0].self_attn.training
     assert not {"mindpet_step", "mindpet_buffers"} & vars(network).keys()
+
+
+def test_afterwards_the_flags_that_a_graph_is_compiled_by_are_as_before():
+    network = inject(build("gpt2", attn_pdrop=0.5), PTuning2Config(tokens=5)).set_train()
+    before = [(cell.get_flags(), cell.phase) for _, cell in network.cells_and_names()]
+    start_prefix(network, [1, 2])
+    assert [(cell.get_flags(), cell.phase) for _, cell in network.cells_and_names()] == before

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from mindspore import dtype as mstype
 
+from mindpet import _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.ptuning2 import PTuning2Config
@@ -67,9 +68,8 @@ def write_prefix(modules: Modules, problems: list[str]) -> tuple[dict[str, Any],
     bias, saved, kept = trained_whole(modules, (), problems)
     if bias != "none":
         problems.append("biases train beside the prefix, and PEFT saves none with it")
-    training = slot.training
-    prompts = [part.asnumpy() for pair in slot.set_train(False)() for part in pair]  # (tokens, heads, head_dim) each
-    slot.set_train(training)
+    with _compat.evaluating(slot):
+        prompts = [part.asnumpy() for pair in slot() for part in pair]  # (tokens, heads, head_dim) each
     table = np.stack(prompts, axis=1)  # (tokens, layers * 2, heads, head_dim)
     tensors = {_PROMPTS: table.reshape((table.shape[0], -1))}
     tensors |= {f"{_PREFIX_PREFIX}{name}": value for name, value in kept.items()}

@@ -12,6 +12,7 @@ import numpy as np
 from mindspore import dtype as mstype
 from mindspore import nn
 
+from mindpet import _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.multitask_prompt_tuning import MultitaskPromptTuning, MultitaskPromptTuningConfig
 from mindpet.delta.p_tuning import PTuning
@@ -101,8 +102,5 @@ def write_prompts(modules: Modules, problems: list[str]) -> tuple[dict[str, Any]
 
 
 def _without_dropout(slot: nn.Cell) -> np.ndarray:
-    training = slot.training
-    try:
-        return slot.set_train(False)().asnumpy()
-    finally:
-        slot.set_train(training)
+    with _compat.evaluating(slot):
+        return slot().asnumpy()

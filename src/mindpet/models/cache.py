@@ -56,11 +56,8 @@ class KeyValueCache:
         """The virtual tokens of the network go first, without dropout."""
         if not count:
             return
-        ids, training = np.tile(-1 - np.arange(count), (self.batch, 1)), self._network.training
-        try:
-            advance(self._network.set_train(False), ids, None, self)
-        finally:
-            self._network.set_train(training)
+        with _compat.evaluating(self._network) as network:
+            advance(network, np.tile(-1 - np.arange(count), (self.batch, 1)), None, self)
 
     def reserve(self, length: int) -> None:
         """Make room for rows of `length` tokens, prefix included.
@@ -152,11 +149,8 @@ def _prefix_of(network: "CausalLanguageModel") -> list[list[np.ndarray]]:
     slot = network.prefix_slot
     if not hasattr(slot, "delta_method"):
         return []
-    training = slot.training
-    try:
-        return [[part.asnumpy() for part in pair] for pair in slot.set_train(False)()]
-    finally:
-        slot.set_train(training)
+    with _compat.evaluating(slot):
+        return [[part.asnumpy() for part in pair] for pair in slot()]
 
 
 def _new_buffers(network: "CausalLanguageModel", batch: int, capacity: int) -> tuple[Parameter, ...]:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -120,14 +121,8 @@ def _steps(
 
 def _without_dropout(network: "CausalLanguageModel", rows: Any, mask: Any, cache: KeyValueCache) -> np.ndarray:
     """Logits ``(batch, vocabulary)`` of a step; the network is left in the state that it was in."""
-    training = network.training
-    if training:
-        network.set_train(False)
-    try:
+    with _compat.evaluating(network) if network.training else nullcontext():  # nothing to walk through at every token
         return network.step(rows, mask, cache).asnumpy()
-    finally:
-        if training:
-            network.set_train(True)
 
 
 @dataclass

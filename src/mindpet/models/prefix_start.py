@@ -74,14 +74,9 @@ def start_prefix(network: "CausalLanguageModel", input_ids: Sequence[int]) -> No
 
 def _keys_and_values(network: "CausalLanguageModel", ids: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each layer, (tokens, heads * head_dim), without the prefix that is there; operator by operator."""
-    modes = [(cell, cell.training) for _, cell in network.cells_and_names()]
-    with _compat.pynative_mode():
+    with _compat.pynative_mode(), _compat.evaluating(network):
         cache = KeyValueCache(network, 1, len(ids), bare=True)
-        try:
-            network.set_train(False).step(ids[None], None, cache)
-        finally:
-            for cell, training in modes:
-                cell.training = training
+        network.step(ids[None], None, cache)
         shape = (network.prefix_slot.num_heads, -1, network.prefix_slot.head_dim)
         held = [buffer.asnumpy().reshape(shape)[:, : len(ids)] for buffer in cache.buffers]
     network.forget_caches()  # what is to train needs none

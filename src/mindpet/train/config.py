@@ -332,6 +332,22 @@ def method_config(section: MethodSection, **more: Any) -> Any:
     return kind(**{**options, **more})
 
 
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """All that makes two runs the same, as JSON has it."""
+    return config.model_dump(mode="json", include={"model", "method", "data", "train"})
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """What makes two runs different, in words."""
+    before, now = settings_of(old), settings_of(new)
+    return [
+        f"{section}.{key}: it was {before[section].get(key)!r}, now {now[section].get(key)!r}"
+        for section in before
+        for key in sorted({*before[section], *now[section]})
+        if before[section].get(key) != now[section].get(key)
+    ]
+
+
 def as_yaml(config: RunConfig) -> str:
     """The whole configuration, defaults filled in; the section `compare` only where it says something."""
     content = config.model_dump()

@@ -13,6 +13,7 @@ from typing import Any
 import mindspore.dataset as msds
 import numpy as np
 
+from mindpet._files import is_unicode
 from mindpet.delta.r_drop import IGNORED
 from mindpet.parallel.group import ALONE, Group
 
@@ -170,11 +171,6 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
 def _printable(names: Iterable[Any]) -> str:
     """Names in a row; what is not UTF-8 in them as it is escaped in Python."""
     return ", ".join(map(str, names)).encode(errors="backslashreplace").decode()
-
-
-def is_unicode(text: str) -> bool:
-    """Whether it can be written in UTF-8: there is no half of a pair of surrogates in it."""
-    return not any(0xD800 <= ord(letter) <= 0xDFFF for letter in text)
 
 
 def _folder(path: Path) -> Rows:

@@ -13,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from mindpet._files import is_unicode
 from mindpet.delta.r_drop import IGNORED
 from mindpet.models.ends import end_of_text
 from mindpet.train.config import DataSection
-from mindpet.train.data import DataError, Encoded, Rows, is_unicode, problem_with, read_records, split_rows
+from mindpet.train.data import DataError, Encoded, Rows, problem_with, read_records, split_rows
 
 
 def is_plain(path: str | Path) -> bool:

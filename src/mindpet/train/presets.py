@@ -122,12 +122,9 @@ def _slot(path: str, layers: int, width: int) -> CellSizes:
     return CellSizes(path, "slot", slot=(layers, width))
 
 
-def _prompts(path: str, hidden: int) -> CellSizes:
-    return CellSizes(path, "prompts", slot=(1, hidden))
-
-
-def _adaption(path: str, hidden: int) -> CellSizes:
-    return CellSizes(path, "adaption", slot=(1, hidden))
+def _place(path: str, hidden: int) -> CellSizes:
+    """Of prompts or of an adaption prompt: its name says which."""
+    return CellSizes(path, path.rpartition(".")[2], slot=(1, hidden))
 
 
 def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
@@ -142,7 +139,7 @@ def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
     for layer in range(layers):
         at = f"bert.encoder.layer.{layer}"
         cells += [_dense(f"{at}.attention.self.{name}", hidden, hidden) for name in ("query", "key", "value")]
-        cells.append(_adaption(f"{at}.attention.self.adaption", hidden))
+        cells.append(_place(f"{at}.attention.self.adaption", hidden))
         cells += [
             _dense(f"{at}.attention.output.dense", hidden, hidden),
             _norm(f"{at}.attention.output.LayerNorm", hidden),
@@ -150,7 +147,7 @@ def _bert(sizes: Mapping[str, Any]) -> list[CellSizes]:
         cells += [_dense(f"{at}.intermediate.dense", hidden, inner), _dense(f"{at}.output.dense", inner, hidden)]
         cells.append(_norm(f"{at}.output.LayerNorm", hidden))
     cells += [_slot("bert.encoder.prefix", layers, hidden), _dense("bert.pooler.dense", hidden, hidden)]
-    return [*cells, _prompts("bert.prompts", hidden)]
+    return [*cells, _place("bert.prompts", hidden)]
 
 
 def _gpt2(sizes: Mapping[str, Any]) -> list[CellSizes]:
@@ -161,11 +158,11 @@ def _gpt2(sizes: Mapping[str, Any]) -> list[CellSizes]:
     for layer in range(layers):
         at = f"transformer.h.{layer}"
         cells += [_norm(f"{at}.ln_1", hidden), _dense(f"{at}.attn.c_attn", hidden, 3 * hidden)]
-        cells += [_dense(f"{at}.attn.c_proj", hidden, hidden), _adaption(f"{at}.attn.adaption", hidden)]
+        cells += [_dense(f"{at}.attn.c_proj", hidden, hidden), _place(f"{at}.attn.adaption", hidden)]
         cells.append(_norm(f"{at}.ln_2", hidden))
         cells += [_dense(f"{at}.mlp.c_fc", hidden, inner), _dense(f"{at}.mlp.c_proj", inner, hidden)]
     cells += [_norm("transformer.ln_f", hidden), _slot("transformer.prefix", layers, hidden)]
-    cells.append(_prompts("transformer.prompts", hidden))
+    cells.append(_place("transformer.prompts", hidden))
     tied = sizes.get("tie_word_embeddings", True)
     return cells if tied else [*cells, _dense("lm_head", hidden, sizes["vocab_size"], False)]
 
@@ -186,7 +183,7 @@ def _llama(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _dense(f"{at}.self_attn.k_proj", hidden, keys, biased),
             _dense(f"{at}.self_attn.v_proj", hidden, keys, biased),
             _dense(f"{at}.self_attn.o_proj", heads * size, hidden, all_biased),
-            _adaption(f"{at}.self_attn.adaption", hidden),
+            _place(f"{at}.self_attn.adaption", hidden),
             _dense(f"{at}.mlp.gate_proj", hidden, inner, wide),
             _dense(f"{at}.mlp.up_proj", hidden, inner, wide),
             _dense(f"{at}.mlp.down_proj", inner, hidden, wide),
@@ -194,7 +191,7 @@ def _llama(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _rms_norm(f"{at}.post_attention_layernorm", hidden),
         ]
     cells += [_rms_norm("model.norm", hidden), _slot("model.prefix", layers, keys)]
-    cells.append(_prompts("model.prompts", hidden))
+    cells.append(_place("model.prompts", hidden))
     return (
         cells if sizes.get("tie_word_embeddings") else [*cells, _dense("lm_head", hidden, sizes["vocab_size"], False)]
     )
@@ -211,13 +208,13 @@ def _chatglm(sizes: Mapping[str, Any]) -> list[CellSizes]:
             _rms_norm(f"{at}.input_layernorm", hidden),
             _dense(f"{at}.self_attention.query_key_value", hidden, hidden + 2 * keys, bool(sizes.get("add_qkv_bias"))),
             _dense(f"{at}.self_attention.dense", hidden, hidden, False),
-            _adaption(f"{at}.self_attention.adaption", hidden),
+            _place(f"{at}.self_attention.adaption", hidden),
             _rms_norm(f"{at}.post_attention_layernorm", hidden),
             _dense(f"{at}.mlp.dense_h_to_4h", hidden, 2 * inner, False),
             _dense(f"{at}.mlp.dense_4h_to_h", inner, hidden, False),
         ]
     cells += [_rms_norm("transformer.encoder.final_layernorm", hidden), _slot("transformer.prefix", layers, keys)]
-    cells.append(_prompts("transformer.prompts", hidden))
+    cells.append(_place("transformer.prompts", hidden))
     return [*cells, _dense("transformer.output_layer", hidden, sizes["padded_vocab_size"], False)]
 
 

@@ -20,7 +20,7 @@ from mindpet.kernels import accelerate
 from mindpet.models.prefix_start import PROJECTED_RATE, start_prefix
 from mindpet.models.pretrained import family_of, open_pretrained
 from mindpet.parallel.group import join, launched
-from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
+from mindpet.train.config import RunConfig, RunFileError, as_yaml, differences, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
 from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Reporter, read_metrics
@@ -335,14 +335,8 @@ def _check_directory(config: RunConfig, directory: Path, resume: bool, overwrite
     if (directory / "report.json").is_file():
         raise CannotResume(f"The run in {directory} is finished; see its report.json.")
     try:
-        old, new = (one.model_dump(mode="json") for one in (with_rate(load_run(there)), config))
+        changed = differences(with_rate(load_run(there)), config)
     except RunFileError as error:
         raise CannotResume(f"It cannot be told what the run in {directory} was. {error}") from error
-    changed = [
-        f"{section}.{key}: it was {old[section].get(key)!r}, now {new[section].get(key)!r}"
-        for section in ("model", "method", "data", "train")
-        for key in sorted({*old[section], *new[section]})
-        if old[section].get(key) != new[section].get(key)
-    ]
     if changed:
         raise CannotResume(f"The run in {directory} was begun with other settings:\n  " + "\n  ".join(changed))

@@ -9,13 +9,14 @@ import mindspore as ms
 from mindspore import nn
 
 from mindpet import _compat
+from mindpet._files import is_unicode
 from mindpet.kernels import accelerate
 from mindpet.models.generation import TextStream, stream_text
 from mindpet.models.pretrained import ChatTemplate, Pretrained, open_pretrained
 from mindpet.models.text_pieces import end_tokens
 from mindpet.train.artifacts import open_network, open_tuned
 from mindpet.train.config import RunConfig, RunFileError, load_run
-from mindpet.train.data import DataError, is_unicode, read_records
+from mindpet.train.data import DataError, read_records
 from mindpet.train.language import is_plain, text_keys
 from mindpet.train.run import load_tuned, read_run
 

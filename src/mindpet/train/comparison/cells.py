@@ -1,15 +1,13 @@
 """One cell of a comparison is one run: what it is, and what its directory says of it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mindpet import _files
-from mindpet.train.config import RunConfig, RunFileError, load_run
+from mindpet.train.config import RunConfig, RunFileError, differences, load_run, settings_of
 from mindpet.train.fit import CHECKPOINT
 
-_SECTIONS = ("model", "method", "data", "train")
 _REFUSAL = "does-not-apply.json"
 
 
@@ -52,16 +50,9 @@ class Cell:
     def changes(self) -> list[str]:
         """What differs between the run in the directory and this cell; a word on it where there is no such run."""
         try:
-            old = settings_of(load_run(self.directory / "run.yaml"))
+            return differences(load_run(self.directory / "run.yaml"), self.config)
         except RunFileError:
             return ["its run.yaml cannot be read" if (self.directory / "run.yaml").is_file() else "it was not begun"]
-        new = settings_of(self.config)
-        return [
-            f"{section}.{key}: it was {old[section].get(key)!r}, now {new[section].get(key)!r}"
-            for section in _SECTIONS
-            for key in sorted({*old[section], *new[section]})
-            if old[section].get(key) != new[section].get(key)
-        ]
 
     def can_resume(self) -> bool:
         """Whether an unfinished run with these settings left something to go on from."""
@@ -76,11 +67,6 @@ class Cell:
         """Have the run made anew."""
         for name in ("report.json", CHECKPOINT, _REFUSAL):
             (self.directory / name).unlink(missing_ok=True)
-
-
-def settings_of(config: RunConfig) -> dict[str, Any]:
-    """All that makes two runs the same, as JSON has it."""
-    return json.loads(json.dumps(config.model_dump(include=set(_SECTIONS))))
 
 
 class Watcher:

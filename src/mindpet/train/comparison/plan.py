@@ -162,4 +162,4 @@ def _variant(config: RunConfig, name: str, settings: dict[str, dict[str, Any]], 
         common = config
         wrong += [_in_words(entry) for entry in error.errors()]
     problems += [f"compare.settings.{name}: {words}" for words in wrong]
-    return common if wrong else changed(common, train={"learning_rate": run.peak_learning_rate(common)})
+    return common if wrong else run.with_rate(common)

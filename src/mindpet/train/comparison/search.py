@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from mindpet import _files
-from mindpet.train.comparison.cells import Cell, Watcher, settings_of
+from mindpet.train.comparison.cells import Cell, Watcher
 from mindpet.train.comparison.runner import CellRunner
 from mindpet.train.comparison.tables import quality_of
-from mindpet.train.config import RunFileError
+from mindpet.train.config import RunFileError, settings_of
 
 SEARCH_FILE = "search.json"
 
