@@ -44,6 +44,7 @@ def digests(library):
     mask = generator.standard_normal((4, 1, 1, 64), np.float32)
     labels = generator.integers(-1, columns, rows).astype(np.int32)
     losses = generator.standard_normal(rows, np.float32)
+    square = np.ascontiguousarray(up[:columns])
     same, last = (rows, columns), (columns,)
     words = generator.integers(-(2**31), 2**31, 1 << 12).astype(np.int32)
     keys = np.array([77, 99, -(2**30), 0], np.int32)
@@ -63,7 +64,7 @@ def digests(library):
         "layer_norm_forward": ((x, weight, bias, epsilon), same),
         "layer_norm_backward": ((x, weight, epsilon, dy), same),
         "layer_norm_backward_gamma": ((x, epsilon, dy), last),
-        "layer_norm_backward_beta": ((dy,), last),
+        "sum_of_rows": ((dy,), last),
         "rms_norm_forward": ((x, weight, epsilon), same),
         "rms_norm_backward": ((x, weight, epsilon, dy), same),
         "rms_norm_backward_weight": ((x, epsilon, dy), last),
@@ -73,7 +74,12 @@ def digests(library):
         "cross_entropy_backward": ((x, labels, losses), same),
         "dropout_apply": ((x, words, keys, epsilon), same),
         "dense_forward": ((x, up), (rows, rows)),
+        "dense_forward_bias": ((x, up, losses), (rows, rows)),
         "dense_backward": ((x.T, x), (columns, columns)),
+        "dense_backward_weight": ((x, dy), (columns, columns)),
+        "lora_forward": ((x, up, losses, dy[:, :9], up[:, :9], epsilon), (rows, rows)),
+        "lora_backward": ((x, square, dy[:, :9], up[:9]), same),
+        "square_sum": ((x,), (1,)),
         "quantised_forward": ((dy[:, :32], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 16)),
         "quantised_backward": ((dy[:, :16], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 32)),
         "attention_forward": (attention, query.shape),

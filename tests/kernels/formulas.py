@@ -50,6 +50,22 @@ def product(x, weight):
     return x @ weight.T
 
 
+def biased_product(x, weight, bias):
+    return x @ weight.T + bias
+
+
+def lora(x, weight, bias, a, b, scale=0.7):
+    return x @ weight.T + bias + scale * x @ a.T @ b.T
+
+
+def product_slopes(probe, x, weight, bias=None, a=None, b=None, scale=0.7):
+    """Derivatives of sum(lora(...) probe) with respect to each input, or as many as there are."""
+    if a is None:
+        return probe @ weight, probe.T @ x, probe.sum(0)
+    inner = scale * probe @ b
+    return probe @ weight + inner @ a, probe.T @ x, probe.sum(0), inner.T @ x, scale * probe.T @ (x @ a.T)
+
+
 def attention(query, key, value, mask, words, keys, heads=6, groups=2, scale=0.3, factor=1.25):
     batch, queries, dim = query.shape[0], query.shape[1], query.shape[2] // heads
 

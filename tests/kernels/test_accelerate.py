@@ -8,7 +8,7 @@ import pytest
 from mindspore import Parameter, Tensor, nn, ops
 
 import mindpet
-from mindpet import BitFitConfig, LoRAConfig
+from mindpet import AdapterConfig, BitFitConfig, LoRAConfig
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build
 from mindpet.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
@@ -69,9 +69,11 @@ def assert_same(found, expected):
 
 
 def fast_cells(network):
-    """All but the products of dense layers, and what attention keeps for inputs that the kernel does not take."""
-    fast = [path for path, cell in cells_by_path(network).items() if type(cell).__name__.startswith("Fast")]
-    return [path for path in fast if not path.endswith((".matmul", ".core.original.softmax"))]
+    """All but what dense layers compute, and what attention keeps for inputs that the kernel does not take."""
+    found = {path: type(cell).__name__ for path, cell in cells_by_path(network).items()}
+    fast = [path for path, name in found.items() if name.startswith("Fast") and name != "FastDense"]
+    inner = (".matmul", ".fused_product", ".fused_branch", ".core.original.softmax")
+    return [path for path in fast if not path.endswith(inner)]
 
 
 def lora(network):
@@ -100,12 +102,13 @@ def test_same_logits_and_gradients(order, way, mode):
 class Wide(nn.Cell):
     """Dense layers whose products are worth a kernel."""
 
-    def __init__(self):
+    def __init__(self, has_bias=True):
         super().__init__()
-        self.up, self.down = nn.Dense(160, 300), nn.Dense(300, 160)
+        self.up = nn.Dense(160, 300, has_bias=has_bias, activation=nn.GELU())
+        self.down = nn.Dense(300, 160, has_bias=has_bias)
 
     def construct(self, x):
-        return self.down(ops.tanh(self.up(x)))
+        return self.down(self.up(x))
 
 
 class SquareSum(nn.Cell):
@@ -117,28 +120,51 @@ class SquareSum(nn.Cell):
         return ops.square(self.network(x)).sum()
 
 
-@pytest.mark.parametrize("adapted", [False, True])
-def test_products_of_dense_layers(mode, adapted, rng):
+WIDE = {
+    "all trains": lambda network: network,
+    "BitFit": lambda network: mindpet.inject(network, BitFitConfig()),
+    "LoRA": lambda network: mindpet.inject(network, LoRAConfig(rank=4, targets=["up", "down"])),
+    "LoRA and biases": lambda network: mindpet.inject(network, LoRAConfig(rank=4, targets=["up", "down"], bias="all")),
+    "Adapter": lambda network: mindpet.inject(network, AdapterConfig(size=8, targets=["down"])),
+}
+
+
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("order", ["before", "after"])
+@pytest.mark.parametrize("way", WIDE)
+def test_products_of_dense_layers(mode, way, order, has_bias, rng):
     """In graph mode by the kernel: outputs, and gradients of inputs and weights, frozen or not."""
-    ms.set_seed(1)
-    network = Wide()
-    if adapted:
-        randomise_deltas(mindpet.inject(network, LoRAConfig(rank=4, targets=["up", "down"])))
+    if way == "BitFit" and not has_bias:
+        pytest.skip("BitFit needs biases")
+    networks = []
+    for fast in (False, True):
+        ms.set_seed(1)
+        network = Wide(has_bias)
+        for parameter in network.get_parameters():
+            parameter.init_data()
+        if fast and order == "before":
+            mindpet.accelerate(network)
+        randomise_deltas(WIDE[way](network))
+        if fast and order == "after":
+            mindpet.accelerate(network)
+        networks.append(network)
     x = Tensor(rng.standard_normal((5, 10, 160)), ms.float32)
-    gradient = ops.value_and_grad(SquareSum(network), 0, ms.ParameterTuple(network.trainable_params()))
-    value, (for_x, for_weights) = gradient(x)
-    mindpet.accelerate(network)
-    assert any(path.endswith("matmul") for path in cells_by_path(network)) == (mode == "graph")
-    again = ops.value_and_grad(SquareSum(network), 0, ms.ParameterTuple(network.trainable_params()))
-    fast, (fast_x, fast_weights) = again(x)
-    np.testing.assert_allclose(fast.asnumpy(), value.asnumpy(), rtol=1e-5)
-    for ours, theirs in zip((fast_x, *fast_weights), (for_x, *for_weights)):
+    found = []
+    for network in networks:
+        weights = ms.ParameterTuple(network.trainable_params())
+        value, (for_x, for_weights) = ops.value_and_grad(SquareSum(network), 0, weights)(x)
+        found.append((value, for_x, *for_weights))
+    assert [p.name for p in networks[0].get_parameters()] == [p.name for p in networks[1].get_parameters()]
+    for theirs, ours in zip(*found):
         scale = np.abs(theirs.asnumpy()).max()
         np.testing.assert_allclose(ours.asnumpy() / scale, theirs.asnumpy() / scale, atol=2e-6)
-    if mode == "graph":
-        network.up.matmul.fast.forward = None  # the kernel, and nothing else
+    assert any(path.endswith("matmul") for path in cells_by_path(networks[1])) == (mode == "graph")
+    if mode == "graph" and order == "after":
+        up = networks[1].up  # the kernel, and nothing else
+        fused = up.fused_branch.fast.sum if "LoRA" in way else (up.fused_product if has_bias else up.matmul).fast
+        fused.forward = None
         with pytest.raises(ValueError, match="not callable"):
-            network.set_train(not network.training)(x)
+            networks[1].set_train(not networks[1].training)(x)
 
 
 def test_a_compiled_network_can_be_accelerated(mode):

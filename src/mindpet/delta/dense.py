@@ -15,7 +15,12 @@ if TYPE_CHECKING:
 _BORROWED = ("in_channels", "out_channels", "has_bias", "reshape", "matmul", "activation", "activation_flag")
 
 
-def _share(dense: nn.Dense, layer: nn.Dense) -> None:
+def is_plain_dense(cell: nn.Cell) -> bool:
+    """Whether a Cell is a dense layer and nothing else: y = activation(x W^T + b)."""
+    return type(cell) in (nn.Dense, ComputeDense) or "plain_dense" in vars(type(cell))
+
+
+def share_dense(dense: nn.Dense, layer: nn.Dense) -> None:
     """Make `layer`, which is still empty, hold the parameters and operators of `dense`."""
     nn.Cell.__init__(layer)
     for name in _BORROWED:
@@ -24,6 +29,7 @@ def _share(dense: nn.Dense, layer: nn.Dense) -> None:
     layer.bias = dense.bias if dense.has_bias else None
     if dense.has_bias:
         layer.bias_add = dense.bias_add
+    layer.fused_product = getattr(dense, "fused_product", None)
     layer.set_train(dense.training)
 
 
@@ -60,6 +66,7 @@ class ComputeDense(nn.Dense):
         super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, dtype=param_init_type)
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
+        self.fused_product = None  # a Cell that computes product and bias at once: see mindpet.kernels.accelerate
 
     @classmethod
     def borrow(cls, dense: nn.Dense) -> "Self":
@@ -68,7 +75,8 @@ class ComputeDense(nn.Dense):
         Strategies already written on the operators stay. It computes in the dtype of the weight. What the subclass
         adds beside the dense part is still to be made.
         """
-        if type(dense).construct not in (nn.Dense.construct, ComputeDense.construct):
+        usual = type(dense).construct in (nn.Dense.construct, ComputeDense.construct)
+        if not usual and not is_plain_dense(dense):
             raise TypeError(
                 f"A {type(dense).__name__} has a construct of its own, which a {cls.__name__} in its place would not "
                 "compute: exclude it, or place the layer by hand."
@@ -76,7 +84,7 @@ class ComputeDense(nn.Dense):
         if not getattr(dense.matmul, "transpose_b", True) and hasattr(cls, "delta_weight") and not cls.untransposed:
             raise ValueError(f"For '{cls.__name__}', the weight must be (out, in), but this product takes (in, out).")
         layer = cls.__new__(cls)
-        _share(dense, layer)
+        share_dense(dense, layer)
         own = getattr(dense, "compute_dtype", layer.weight.dtype)
         layer.compute_dtype = _compat.forced_dtype(dense) or own
         layer.cast = ops.Cast()
@@ -87,7 +95,7 @@ class ComputeDense(nn.Dense):
         if self.compute_dtype != self.base_weight.dtype:
             return ComputeDense.borrow(self)
         layer = nn.Dense.__new__(nn.Dense)
-        _share(self, layer)
+        share_dense(self, layer)
         layer.shape_op = ops.Shape()
         return layer
 
@@ -109,7 +117,10 @@ class ComputeDense(nn.Dense):
 
     def dense_rows(self, rows):
         """X W^T + b on rows: (rows, in) -> (rows, out)."""
-        return self.biased(self.matmul(rows, self.cast(self.weight, self.compute_dtype)))
+        weight = self.cast(self.weight, self.compute_dtype)
+        if self.fused_product is not None and self.fused_product.takes(rows, weight):
+            return self.fused_product(rows, weight, self.cast(self.bias, self.compute_dtype))
+        return self.biased(self.matmul(rows, weight))
 
     def biased(self, rows):
         """With b added, where there is one: (rows, out) -> (rows, out)."""

@@ -8,7 +8,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet import _checks
-from mindpet.delta.dense import ComputeDense
+from mindpet.delta.dense import ComputeDense, is_plain_dense
 from mindpet.delta.lora import LoRADense
 from mindpet.graph.deltas import loaded_deltas
 from mindpet.graph.inject import MARKER, SUSPENDED, injections, replace_cells, require_in_place
@@ -148,7 +148,7 @@ class MixedDeltas:
             a, b = (self._stack(f"{path}.mindpet_delta_lora_{letter}", None) for letter in "ab")
             bank = _LoRABank.borrow(cell.plain())
             bank.fill(cell, a, b, self.rows)
-        elif type(cell) in (nn.Dense, ComputeDense) and MARKER not in path:
+        elif is_plain_dense(cell) and MARKER not in path:
             bank = _DenseBank.borrow(cell)
             bias = self._stack(f"{path}.bias", cell.bias) if cell.has_bias else None
             bank.fill(self._stack(f"{path}.weight", cell.weight), bias, self.rows)

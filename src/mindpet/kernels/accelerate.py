@@ -7,6 +7,8 @@ from mindspore import dtype as mstype
 from mindspore import nn, ops
 
 from mindpet import _checks, _compat
+from mindpet.delta.dense import ComputeDense
+from mindpet.delta.lora import LoRADense
 from mindpet.graph.inject import replace_cells, require_in_place
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build, cells
@@ -19,6 +21,7 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "gated_silu": cells.FastGatedSiLU,
     "cross_entropy": cells.FastCrossEntropy,
     "quantised_product": cells.FastQuantisedProduct,
+    "square_sum": cells.FastSquareSum,
 }
 
 
@@ -32,10 +35,10 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     (``set_inputs`` with None), go to MindSpore's operators. The kernels have first derivatives only: set
     ``MINDPET_KERNELS=0`` for second ones.
 
-    Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, the product of each ``nn.Dense`` (if graph mode is
-    set now: PyNative would compute gradients of frozen weights), and each Cell whose class says by an attribute
-    ``mindpet_kernel`` what it computes. A subclass does not inherit it, since it may compute something else: it names
-    its kernel again.
+    Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, the product of each ``nn.Dense``, with its bias and a
+    LoRA branch without dropout (if graph mode is set now: PyNative would compute gradients of frozen weights), and each
+    Cell whose class says by an attribute ``mindpet_kernel`` what it computes. A subclass does not inherit it, since it
+    may compute something else: it names its kernel again.
 
     - ``"gelu_tanh"``: ``construct(x)`` is the tanh form of GELU;
     - ``"masked_softmax"``: ``construct(scores, mask)`` is softmax(scores + mask) over the last of four axes; no
@@ -45,6 +48,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
+    - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries;
     - ``"quantised_product"``: as :class:`mindpet.delta.blockwise.QuantisedProduct`, with its `form`.
 
     Args:
@@ -66,6 +70,15 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     if _compat.in_parallel_compile_mode() or not build.available():
         return network
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
+    dense = {}
+    for path, cell in cells_by_path(network).items():
+        if _has_plain_bias(cell):
+            if id(cell) not in made:
+                made[id(cell)] = cells.FastDense(cell)
+                _compat.copy_recompute(cell, made[id(cell)])
+            dense[path] = made[id(cell)]
+    if dense:
+        replace_cells(network, dense)
     replacements = {}
     done: tuple[str, ...] = ()  # what is fast already, with all that is in it
     paths = cells_by_path(network)
@@ -90,16 +103,42 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     return network
 
 
-def _accelerate_product(cell: nn.Cell) -> bool:
-    """The product of a dense layer. Only in graph mode: PyNative would compute the gradients of frozen weights."""
-    product: Any = vars(cell).get("matmul")
-    if not isinstance(cell, nn.Dense) or type(product) is not ops.MatMul or not _compat.in_graph_mode():
+def _has_plain_bias(cell: nn.Cell) -> bool:
+    """Whether it is a dense layer of MindSpore's own whose product and bias a kernel can compute at once."""
+    if type(cell) is not nn.Dense or not cell.has_bias or _compat.has_hooks(cell):
         return False
-    usual = product.transpose_b and not product.transpose_a and _compat.strategy_of(product) is None
-    if usual and _compat.forced_dtype(cell) is None:
-        cell.matmul = cells.FastMatMul(product)
-        return True
-    return False
+    return _is_plain_product(cell) and _compat.forced_dtype(cell) is None and _is_float32(cell.weight, cell.bias)
+
+
+def _is_plain_product(cell: Any) -> bool:
+    """Whether the product is x W^T and not cut. Only in graph mode: PyNative would compute gradients of frozen weights."""
+    product: Any = vars(cell).get("matmul")
+    if not _compat.in_graph_mode() or type(product) is not ops.MatMul:
+        return False
+    return product.transpose_b and not product.transpose_a and _compat.strategy_of(product) is None
+
+
+def _is_float32(*parameters: Any) -> bool:
+    return all(parameter.dtype == mstype.float32 for parameter in parameters)
+
+
+def _accelerate_product(cell: nn.Cell) -> bool:
+    """The products of a dense layer."""
+    if not isinstance(cell, nn.Dense) or not _is_plain_product(cell) or _compat.forced_dtype(cell) is not None:
+        return False
+    plain_bias = cell.has_bias and _compat.strategy_of(cell.bias_add) is None and _is_float32(cell.bias)
+    if isinstance(cell, ComputeDense) and plain_bias:
+        cell.fused_product = cells.FastBiasedProduct()
+    if type(cell) is LoRADense and (plain_bias or not cell.has_bias) and _has_plain_branch(cell):
+        cell.fused_branch = cells.FastLoRA(cell.lora_alpha / cell.lora_rank, cell.out_channels)
+    cell.matmul = cells.FastMatMul(cell.matmul)
+    return True
+
+
+def _has_plain_branch(layer: LoRADense) -> bool:
+    """Whether it is the branch of the paper without dropout, and not cut."""
+    operators = layer.lora_a_matmul, layer.lora_b_matmul, layer.mul, layer.add
+    return layer.lora_dropout.p == 0 and all(_compat.strategy_of(each) is None for each in operators)
 
 
 def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:

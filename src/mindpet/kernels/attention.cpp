@@ -13,9 +13,14 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int6
               int64_t b_row, float *c, int64_t c_row, bool add) {
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
         int64_t i = 0;
-        for (; i + TILE_ROWS <= rows; i += TILE_ROWS)
-            tile<TILE_ROWS>(depth, a + i * row, row, column, b + j, b_row, c + i * c_row + j, c_row, add);
-        for (; i < rows; ++i) tile<1>(depth, a + i * row, row, column, b + j, b_row, c + i * c_row + j, c_row, add);
+        for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
+            float *to = c + i * c_row + j;
+            tile<TILE_ROWS>(depth, a + i * row, row, column, b + j, b_row, to, c_row, add ? to : nullptr, c_row);
+        }
+        for (; i < rows; ++i) {
+            float *to = c + i * c_row + j;
+            tile<1>(depth, a + i * row, row, column, b + j, b_row, to, c_row, add ? to : nullptr, c_row);
+        }
     }
 }
 

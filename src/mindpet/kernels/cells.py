@@ -5,10 +5,12 @@ They take the original's parameters, under the same names, and its arguments.
 
 from typing import Any
 
+import numpy as np
 from mindspore import Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet import _compat
+from mindpet.delta.dense import share_dense
 from mindpet.kernels import operators
 
 _WORTHWHILE = 1 << 20  # multiplications of a product below which MindSpore's operator does as well
@@ -92,7 +94,16 @@ class FastMaskedSoftmax(Fast, nn.Cell):
         return self.softmax(scores + ops.stop_gradient(mask))
 
 
-class FastMatMul(Fast, nn.Cell):
+class _FastProduct(Fast, nn.Cell):
+    """What the products of dense layers share: they take what is large enough."""
+
+    def takes(self, x, weight):
+        """Whether the kernel can take these rows (rows, in) and this weight (out, in), and is faster."""
+        known = Fast.takes(self, x) and Fast.takes(self, weight) and len(x.shape) == 2
+        return known and x.shape[0] >= _ROWS and x.shape[0] * weight.size >= _WORTHWHILE
+
+
+class FastMatMul(_FastProduct):
     """The product of a dense layer, ``x W^T``, in the place of its operator."""
 
     transpose_a, transpose_b = False, True
@@ -102,10 +113,52 @@ class FastMatMul(Fast, nn.Cell):
         self.fast, self.original = operators.Product(), original
 
     def construct(self, x, weight):
-        known = self.takes(x) and self.takes(weight) and len(x.shape) == 2
-        if known and x.shape[0] >= _ROWS and x.shape[0] * weight.size >= _WORTHWHILE:
+        if self.takes(x, weight):
             return self.fast(x, weight)
         return self.original(x, weight)
+
+
+class FastBiasedProduct(_FastProduct):
+    """The product of a dense layer and its bias at once, ``x W^T + b``, for rows that it `takes`."""
+
+    def __init__(self):
+        super().__init__()
+        self.fast = operators.BiasedProduct()
+
+    def construct(self, x, weight, bias):
+        return self.fast(x, weight, bias)
+
+
+class FastDense(nn.Dense):
+    """A dense layer whose product and bias are computed at once."""
+
+    plain_dense = True  # see mindpet.delta.dense
+
+    def __init__(self, original: nn.Dense):
+        share_dense(original, self)
+        self.fused_product = FastBiasedProduct()
+
+    def construct(self, x):
+        rows = x if x.ndim == 2 else self.reshape(x, (-1, x.shape[-1]))
+        if self.fused_product.takes(rows, self.weight):
+            rows = self.fused_product(rows, self.weight, self.bias)
+        else:
+            rows = self.bias_add(self.matmul(rows, self.weight), self.bias)
+        if self.activation_flag:
+            rows = self.activation(rows)
+        return rows if x.ndim == 2 else self.reshape(rows, x.shape[:-1] + (rows.shape[-1],))
+
+
+class FastLoRA(_FastProduct):
+    """A dense layer and its LoRA branch at once, ``x W^T + b + s x A^T B^T``, for rows that it `takes`."""
+
+    def __init__(self, scale: float, out: int):
+        super().__init__()
+        self.fast = operators.LoRAProduct(scale)
+        self.no_bias = Tensor(np.zeros(out, np.float32))
+
+    def construct(self, x, weight, bias, a, b):
+        return self.fast(x, weight, self.no_bias if bias is None else bias, a, b)
 
 
 class FastQuantisedProduct(Fast, nn.Cell):
@@ -208,3 +261,16 @@ class FastCrossEntropy(Fast, nn.Cell):
             return self.fast(logits, labels.astype(mstype.int32))
         counted = ops.where(labels < 0, -100, labels)
         return ops.cross_entropy(logits, counted, ignore_index=-100, reduction="none")
+
+
+class FastSquareSum(Fast, nn.Cell):
+    """The sum of the squares of all entries: `construct` takes (x)."""
+
+    def __init__(self, original: nn.Cell):
+        super().__init__()
+        self.fast = operators.SquareSum()
+
+    def construct(self, x):
+        if self.takes(x):
+            return self.fast(x)
+        return ops.square(x.astype(mstype.float32)).sum()

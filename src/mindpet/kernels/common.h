@@ -133,14 +133,15 @@ inline void store(float *to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes
 
 constexpr int64_t TILE_COLUMNS = 2 * LANES;
 
-// C (ROWS, TILE_COLUMNS) = or += A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
+// C (ROWS, TILE_COLUMNS) = start + A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
+// `start` is null for zeros, C itself to add to it, or one row for all where `start_row` is 0.
 template <int64_t ROWS>
 inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
-                 int64_t c_row, bool add) {
+                 int64_t c_row, const float *start, int64_t start_row) {
     Lanes left[ROWS], right[ROWS];
     for (int64_t i = 0; i < ROWS; ++i) {
-        left[i] = add ? load(c + i * c_row) : Lanes{};
-        right[i] = add ? load(c + i * c_row + LANES) : Lanes{};
+        left[i] = start ? load(start + i * start_row) : Lanes{};
+        right[i] = start ? load(start + i * start_row + LANES) : Lanes{};
     }
     for (int64_t k = 0; k < depth; ++k) {
         const Lanes b_left = load(b + k * b_row), b_right = load(b + k * b_row + LANES);

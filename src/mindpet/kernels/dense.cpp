@@ -1,33 +1,26 @@
-// Matrix products of a dense layer: x W^T, and dy W, its gradient with respect to x. W is (out, in).
+// Matrix products of a dense layer, alone and with a LoRA branch: forward and backward. W is (out, in).
 #include "product.h"
 
 namespace {
 
-struct Matrix {
-    const float *data;
-    int64_t row, column;  // steps
+// The sizes of x (rows, in) and W (out, in), of the parameters `x` and `weight` of a call.
+struct Sizes {
+    int64_t rows = 0, in = 0, out = 0;
+    bool fit = false;
+
+    Sizes(const Call &call, int x, int weight) {
+        if (call.ndims[x] != 2 || call.ndims[weight] != 2 || call.shapes[x][1] != call.shapes[weight][1]) return;
+        rows = call.shapes[x][0], in = call.shapes[x][1], out = call.shapes[weight][0];
+        fit = true;
+    }
 };
 
-// Panel (depth, PANEL) of B (depth, columns) from its column `first`; zeros beyond the last one.
-void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel) {
-    const int64_t width = columns - first < PANEL ? columns - first : PANEL;
-    const float *from = b.data + first * b.column;
-    if (b.column == 1) {
-        for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-            std::memcpy(panel, from + k * b.row, width * sizeof(float));
-            for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
-        }
-        return;
-    }
-    for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-        for (int64_t j = 0; j < width; ++j) panel[j] = from[j * b.column + k * b.row];
-        for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
-    }
-}
-
-int multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, const Matrix &b, float *c) {
-    const auto pack = [&](int64_t first, float *panel) { pack_panel(b, depth, columns, first, panel); };
-    return multiply(rows, columns, depth, a, pack, c);
+// x W^T + bias
+int product(const Sizes &size, const float *x, const float *weight, const float *bias, float *y) {
+    const auto pack = [&](int64_t first, float *panel) {
+        pack_panel(Matrix{weight, 1, size.in}, size.in, size.out, first, panel);
+    };
+    return multiply(size.rows, size.out, Left{{x, size.in, 1}, size.in}, pack, bias, y);
 }
 
 }  // namespace
@@ -35,17 +28,69 @@ int multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, const
 // ---- x (rows, in), W (out, in), x W^T
 KERNEL dense_forward(ARGUMENTS) {
     CALL;
-    if (!call.floats(3) || ndims[0] != 2 || ndims[1] != 2 || shapes[0][1] != shapes[1][1]) return 1;
-    const int64_t rows = shapes[0][0], in = shapes[0][1], out = shapes[1][0];
-    if (call.size(2) != rows * out) return 1;
-    return multiply(rows, out, in, call[0], Matrix{call[1], 1, in}, call[2]);
+    if (!call.floats(3)) return 1;
+    const Sizes size(call, 0, 1);
+    if (!size.fit || call.size(2) != size.rows * size.out) return 1;
+    return product(size, call[0], call[1], nullptr, call[2]);
 }
 
-// ---- dy (rows, out), W (out, in), dy W
+// x (rows, in), W (out, in), b (out,), x W^T + b
+KERNEL dense_forward_bias(ARGUMENTS) {
+    CALL;
+    if (!call.floats(4)) return 1;
+    const Sizes size(call, 0, 1);
+    if (!size.fit || call.size(2) != size.out || call.size(3) != size.rows * size.out) return 1;
+    return product(size, call[0], call[1], call[2], call[3]);
+}
+
+// dy (rows, out), W (out, in), dy W
 KERNEL dense_backward(ARGUMENTS) {
     CALL;
     if (!call.floats(3) || ndims[0] != 2 || ndims[1] != 2 || shapes[0][1] != shapes[1][0]) return 1;
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
     if (call.size(2) != rows * in) return 1;
-    return multiply(rows, in, out, call[0], Matrix{call[1], in, 1}, call[2]);
+    const auto pack = [&](int64_t first, float *panel) { pack_panel(Matrix{call[1], in, 1}, out, in, first, panel); };
+    return multiply(rows, in, Left{{call[0], out, 1}, out}, pack, nullptr, call[2]);
+}
+
+// dy (rows, out), x (rows, in), dy^T x
+KERNEL dense_backward_weight(ARGUMENTS) {
+    CALL;
+    if (!call.floats(3) || ndims[0] != 2 || ndims[1] != 2 || shapes[0][0] != shapes[1][0]) return 1;
+    const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
+    if (call.size(2) != out * in) return 1;
+    const auto pack = [&](int64_t first, float *panel) { pack_panel(Matrix{call[1], in, 1}, rows, in, first, panel); };
+    return multiply(out, in, Left{{call[0], 1, out}, rows}, pack, nullptr, call[2]);
+}
+
+// ---- x (rows, in), W (out, in), b (out,), h (rows, rank), B (out, rank), s (1,): x W^T + b + s h B^T
+KERNEL lora_forward(ARGUMENTS) {
+    CALL;
+    if (!call.floats(7)) return 1;
+    const Sizes size(call, 0, 1), branch(call, 3, 4);
+    if (!size.fit || !branch.fit || branch.rows != size.rows || branch.out != size.out) return 1;
+    if (call.size(2) != size.out || call.size(5) != 1 || call.size(6) != size.rows * size.out) return 1;
+    const int64_t rank = branch.in;
+    const auto pack = [&](int64_t first, float *panel) {
+        pack_panel(Matrix{call[1], 1, size.in}, size.in, size.out, first, panel);
+        pack_panel(Matrix{call[4], 1, rank}, rank, size.out, first, panel + size.in * PANEL, call[5][0]);
+    };
+    const Left left{{call[0], size.in, 1}, size.in, {call[3], rank, 1}, rank};
+    return multiply(size.rows, size.out, left, pack, call[2], call[6]);
+}
+
+// dy (rows, out), W (out, in), dh (rows, rank), A (rank, in): dy W + dh A
+KERNEL lora_backward(ARGUMENTS) {
+    CALL;
+    if (!call.floats(5)) return 1;
+    for (int index = 0; index < 4; ++index)
+        if (ndims[index] != 2) return 1;
+    const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1], rank = shapes[2][1];
+    if (shapes[1][0] != out || shapes[2][0] != rows || shapes[3][0] != rank || shapes[3][1] != in) return 1;
+    if (call.size(4) != rows * in) return 1;
+    const auto pack = [&](int64_t first, float *panel) {
+        pack_panel(Matrix{call[1], in, 1}, out, in, first, panel);
+        pack_panel(Matrix{call[3], in, 1}, rank, in, first, panel + out * PANEL);
+    };
+    return multiply(rows, in, Left{{call[0], out, 1}, out, {call[2], rank, 1}, rank}, pack, nullptr, call[4]);
 }

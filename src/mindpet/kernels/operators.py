@@ -33,6 +33,14 @@ def _rows_and_inputs(*shapes: Any) -> Any:
     return [shapes[0][0], shapes[1][1]]
 
 
+def _columns(*shapes: Any) -> Any:
+    return [shapes[0][1], shapes[1][1]]
+
+
+def _one(*shapes: Any) -> Any:
+    return [1]
+
+
 def _first_three(*shapes: Any) -> Any:
     return shapes[0], shapes[1], shapes[2]
 
@@ -116,7 +124,7 @@ class LayerNorm(nn.Cell):
         self.forward = Kernel("layer_norm_forward")
         self.backward = Kernel("layer_norm_backward")
         self.backward_gamma = Kernel("layer_norm_backward_gamma", _last_axis)
-        self.backward_beta = Kernel("layer_norm_backward_beta", _last_axis)
+        self.backward_beta = Kernel("sum_of_rows", _last_axis)
 
     def construct(self, x, gamma, beta):
         return self.forward(x, gamma, beta, self.epsilon)
@@ -177,19 +185,86 @@ class Dropout(nn.Cell):
 
 
 class Product(nn.Cell):
-    """x W^T: ``(rows, in)``, ``(out, in)``. The gradient of W is MindSpore's product, where anybody asks for it."""
+    """x W^T: ``(rows, in)``, ``(out, in)``."""
 
     def __init__(self):
         super().__init__(auto_prefix=False)
         self.forward = Kernel("dense_forward", _rows_and_outputs)
         self.backward = Kernel("dense_backward", _rows_and_inputs)
-        self.backward_weight = ops.MatMul(transpose_a=True)
+        self.backward_weight = Kernel("dense_backward_weight", _columns)
 
     def construct(self, x, weight):
         return self.forward(x, weight)
 
     def bprop(self, x, weight, out, dout):
         return self.backward(dout, weight), self.backward_weight(dout, x)
+
+
+class BiasedProduct(nn.Cell):
+    """x W^T + b: ``(rows, in)``, ``(out, in)``, ``(out,)``."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("dense_forward_bias", _rows_and_outputs)
+        self.backward = Kernel("dense_backward", _rows_and_inputs)
+        self.backward_weight = Kernel("dense_backward_weight", _columns)
+        self.backward_bias = Kernel("sum_of_rows", _last_axis)
+
+    def construct(self, x, weight, bias):
+        return self.forward(x, weight, bias)
+
+    def bprop(self, x, weight, bias, out, dout):
+        return self.backward(dout, weight), self.backward_weight(dout, x), self.backward_bias(dout)
+
+
+class LoRAProduct(nn.Cell):
+    """x W^T + b + s x A^T B^T: ``(rows, in)``, ``(out, in)``, ``(out,)``, ``(rank, in)``, ``(out, rank)``.
+
+    The branch is a few more columns of the one product, and so is its gradient with respect to x.
+    """
+
+    def __init__(self, scale: float):
+        super().__init__(auto_prefix=False)
+        self.down = ops.MatMul(transpose_b=True)
+        self.sum = _LoRASum(scale)
+
+    def construct(self, x, weight, bias, a, b):
+        hidden = ops.stop_gradient(self.down(x, a))  # (rows, rank)
+        return self.sum(x, weight, bias, a, b, hidden)
+
+
+class _LoRASum(nn.Cell):
+    """The same, with h = x A^T given: kept from the forward pass, it need not be computed again in the backward pass."""
+
+    def __init__(self, scale: float):
+        super().__init__(auto_prefix=False)
+        self.scale = Tensor([scale], mstype.float32)
+        self.forward = Kernel("lora_forward", _rows_and_outputs)
+        self.backward = Kernel("lora_backward", _rows_and_inputs)
+        self.backward_weight = Kernel("dense_backward_weight", _columns)
+        self.backward_bias = Kernel("sum_of_rows", _last_axis)
+        self.up, self.across = ops.MatMul(), ops.MatMul(transpose_a=True)
+
+    def construct(self, x, weight, bias, a, b, hidden):
+        return self.forward(x, weight, bias, hidden, b, self.scale)
+
+    def bprop(self, x, weight, bias, a, b, hidden, out, dout):
+        slope = self.up(dout, b) * self.scale  # (rows, rank)
+        dx = self.backward(dout, weight, slope, a)
+        for_weight, for_bias = self.backward_weight(dout, x), self.backward_bias(dout)
+        for_b = self.across(dout, hidden) * self.scale
+        return dx, for_weight, for_bias, self.across(slope, x), for_b, ops.zeros_like(hidden)
+
+
+class SquareSum(nn.Cell):
+    """The sum of the squares of all entries. No gradient goes through it."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("square_sum", _one)
+
+    def construct(self, x):
+        return self.forward(x).reshape(())
 
 
 class QuantisedProduct(nn.Cell):

@@ -129,7 +129,7 @@ KERNEL quantised_forward(ARGUMENTS) {
     if (!weight.fits || shapes[0][1] != weight.in || call.size(8) != rows * weight.out) return 1;
     if (rows < STRIP) return multiply_few(weight, rows, call[0], call[8]);
     const auto pack = [&](int64_t first, float *panel) { weight.pack_rows(first, panel); };
-    return multiply(rows, weight.out, weight.in, call[0], pack, call[8]);
+    return multiply(rows, weight.out, Left{{call[0], weight.in, 1}, weight.in}, pack, nullptr, call[8]);
 }
 
 // ---- dy (rows, out), the weight (see above), dy W
@@ -140,5 +140,5 @@ KERNEL quantised_backward(ARGUMENTS) {
     const int64_t rows = shapes[0][0];
     if (!weight.fits || shapes[0][1] != weight.out || call.size(8) != rows * weight.in) return 1;
     const auto pack = [&](int64_t first, float *panel) { weight.pack_columns(first, panel); };
-    return multiply(rows, weight.in, weight.out, call[0], pack, call[8]);
+    return multiply(rows, weight.in, Left{{call[0], weight.out, 1}, weight.out}, pack, nullptr, call[8]);
 }

@@ -228,7 +228,7 @@ KERNEL layer_norm_backward_gamma(ARGUMENTS) {
 }
 
 // dy, d(beta)
-KERNEL layer_norm_backward_beta(ARGUMENTS) {
+KERNEL sum_of_rows(ARGUMENTS) {
     CALL;
     if (!call.floats(2)) return 1;
     const int64_t columns = call.columns(0);
@@ -238,6 +238,31 @@ KERNEL layer_norm_backward_beta(ARGUMENTS) {
 #pragma omp simd
         for (int64_t i = 0; i < columns; ++i) sums[i] += grad[i];
     });
+}
+
+// ---- the sum of x^2: x, (1,)
+KERNEL square_sum(ARGUMENTS) {
+    CALL;
+    if (!call.floats(2) || call.size(1) != 1) return 1;
+    const float *x = call[0];
+    const int64_t size = call.size(0), blocks = size <= SMALL ? 1 : ROW_BLOCKS;
+    double partial[ROW_BLOCKS];
+    each_row(blocks, size / blocks, [&](int64_t block) {
+        double total = 0.0;
+        const int64_t step = 1024, last = size * (block + 1) / blocks;  // few enough for a float
+        for (int64_t begin = size * block / blocks; begin < last; begin += step) {
+            const int64_t end = begin + step < last ? begin + step : last;
+            float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+            for (int64_t i = begin; i < end; ++i) sum += x[i] * x[i];
+            total += sum;
+        }
+        partial[block] = total;
+    });
+    double total = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) total += partial[block];
+    call[1][0] = static_cast<float>(total);
+    return 0;
 }
 
 // ---- RMSNorm over the last axis: x, weight, epsilon, y

@@ -4,6 +4,7 @@ from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet.delta.r_drop import IGNORED, RDropLoss, rdrop_repeat
+from mindpet.kernels import accelerate
 
 
 class CrossEntropy(nn.Cell):
@@ -144,6 +145,29 @@ class AppliedStep(nn.Cell):
         return ops.depend(mean, emptied), norm
 
 
+class SquareSum(nn.Cell):
+    """The sum of the squares of a Tensor's entries, in float32."""
+
+    mindpet_kernel = "square_sum"
+
+    def construct(self, x):
+        return ops.square(x.astype(mstype.float32)).sum()
+
+
+class SumOfSquares(nn.Cell):
+    """The sum of the squares of all entries of several Tensors."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.of_one = SquareSum()
+
+    def construct(self, tensors):
+        sums: tuple = ()
+        for tensor in tensors:
+            sums += (self.of_one(tensor),)
+        return ops.addn(sums)
+
+
 class ClippedUpdate(nn.Cell):
     """Divides summed gradients by `count`, scales them to at most `clip_norm`, and updates. Returns the norm before."""
 
@@ -151,19 +175,15 @@ class ClippedUpdate(nn.Cell):
         super().__init__(auto_prefix=False)
         self.optimizer, self.clip_norm = optimizer, clip_norm
         self.each = ops.HyperMap()
+        self.sum_of_squares = accelerate(SumOfSquares())
 
     def construct(self, gradients, count):
-        squares = self.each(_square_sum, gradients)
-        norm = ops.sqrt(ops.addn(squares)) / count
+        norm = ops.sqrt(self.sum_of_squares(gradients)) / count
         factor = 1.0 / count
         if self.clip_norm > 0:
             factor = factor * ops.minimum(self.clip_norm / (norm + 1e-6), Tensor(1.0, mstype.float32))
         scaled = self.each(ops.partial(_scale, factor), gradients)
         return ops.depend(norm, self.optimizer(scaled))
-
-
-def _square_sum(gradient):
-    return ops.square(gradient.astype(mstype.float32)).sum()
 
 
 def _scale(factor, gradient):
