@@ -188,6 +188,7 @@ def test_freezing_by_mode_is_what_injection_freezes(method):
     assert {p.name for p in network.trainable_params()} == expected
 
 
+@pytest.mark.exhaustive_in_graph("*-lora", "*-qlora", "*-prefix", "*-adapter_fusion", "*-adaption_prompt")
 def test_a_delta_saved_and_loaded_gives_the_same_outputs(mode, method, tmp_path):
     network = Tiny()
     base = {p.name: ms.Parameter(p.value(), name=p.name) for p in network.get_parameters()}
@@ -200,6 +201,7 @@ def test_a_delta_saved_and_loaded_gives_the_same_outputs(mode, method, tmp_path)
     np.testing.assert_array_equal(load_delta(other, tmp_path)(inputs()).asnumpy(), expected)
 
 
+@pytest.mark.exhaustive_in_graph("*-lora", "*-qlora", "*-prefix", "*-adapter_fusion", "*-adaption_prompt")
 def test_merging_keeps_the_outputs_or_is_refused(mode, method):
     network = inject(Tiny(), config(method))
     shake(network)

@@ -42,6 +42,7 @@ def digests(library):
     epsilon = np.array([1e-5], np.float32)
     scores, slopes = (generator.standard_normal((4, 6, 64, 64), np.float32) for _ in range(2))
     mask = generator.standard_normal((4, 1, 1, 64), np.float32)
+    turns = np.ascontiguousarray(slopes[:, :, :1])
     labels = generator.integers(-1, columns, rows).astype(np.int32)
     losses = generator.standard_normal(rows, np.float32)
     square = np.ascontiguousarray(up[:columns])
@@ -61,6 +62,8 @@ def digests(library):
         "gelu_tanh_backward": ((x, dy), same),
         "gated_silu_forward": ((x, up), same),
         "gated_silu_backward": ((x, up, dy), same),
+        "rotary_forward": ((scores, turns, turns), scores.shape),
+        "rotary_backward": ((scores, turns, turns), scores.shape),
         "layer_norm_forward": ((x, weight, bias, epsilon), same),
         "layer_norm_backward": ((x, weight, epsilon, dy), same),
         "layer_norm_backward_gamma": ((x, epsilon, dy), last),

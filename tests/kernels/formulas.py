@@ -19,6 +19,10 @@ def gated_silu(gate, up):
     return gate / (1 + np.exp(-gate)) * up
 
 
+def rotary(x, cos, sin):
+    return x * cos + np.roll(x, x.shape[-1] // 2, -1) * sin
+
+
 def layer_norm(x, gamma, beta, epsilon=0.1):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + epsilon) * gamma + beta
 

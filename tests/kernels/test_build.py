@@ -92,8 +92,12 @@ def failing_compiler(directory):
         ({"CXX": "/nonexistent"}, "there is no C++ compiler (/nonexistent)"),
         ({"CXX": "BAD"}, "error: no space"),
         ({"MINDPET_CACHE": "FILE"}, "cannot be written to"),
-        ({"MINDPET_CACHE": "COLON"}, "colon"),
-        ({"MS_CUSTOM_AOT_WHITE_LIST": "/nowhere"}, "outside of MS_CUSTOM_AOT_WHITE_LIST"),
+        pytest.param({"MINDPET_CACHE": "COLON"}, "colon", marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"MS_CUSTOM_AOT_WHITE_LIST": "/nowhere"},
+            "outside of MS_CUSTOM_AOT_WHITE_LIST",
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_without_kernels_mindspore_computes_and_one_line_says_why(environment, reason, tmp_path):

@@ -9,8 +9,8 @@ import mindpet
 from mindpet.kernels import build
 from mindpet.models.attention import DotProductAttention, MaskedSoftmax
 from mindpet.models.gpt2 import GELUTanh
-from mindpet.models.llama import RMSNorm, SwiGLU
-from mindpet.train.step import CrossEntropy, SummedLoss
+from mindpet.models.llama import RMSNorm, SwiGLU, Turn
+from mindpet.train.step import CrossEntropy, SquareSum, SummedLoss
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
 
@@ -21,6 +21,8 @@ CELLS = {  # how to make the Cell, and the shapes of its inputs; an int32 stands
     "gelu_tanh": (GELUTanh, [(3, 8)]),
     "rms_norm": (lambda: weighted(RMSNorm(8, 1e-5)), [(3, 8)]),
     "gated_silu": (SwiGLU, [(3, 8), (3, 8)]),
+    "rotary": (Turn, [(2, 3, 4, 8), (2, 3, 1, 8), (2, 3, 1, 8)]),
+    "square_sum": (SquareSum, [(3, 8)]),
     "masked_softmax": (MaskedSoftmax, [(2, 2, 3, 8), (2, 1, 1, 8)]),
     "cross_entropy": (CrossEntropy, [(3, 8), "labels"]),
     "attention": (lambda: DotProductAttention(4, 2, 2, 0.0), [(2, 3, 8), (2, 5, 4), (2, 5, 4), (2, 1, 1, 5)]),

@@ -17,6 +17,7 @@ OPERATORS = {
     "gelu": (operators.GELU, formulas.gelu),
     "gelu_tanh": (operators.TanhGELU, formulas.gelu_tanh),
     "gated_silu": (operators.GatedSiLU, formulas.gated_silu),
+    "rotary": (operators.Rotary, formulas.rotary),
     "layer_norm": (lambda: operators.LayerNorm(EPSILON), formulas.layer_norm),
     "rms_norm": (lambda: operators.RMSNorm(EPSILON), formulas.rms_norm),
     "masked_softmax": (operators.MaskedSoftmax, formulas.masked_softmax),
@@ -28,7 +29,7 @@ OPERATORS = {
     "attention": (lambda: operators.Attention(6, 2, 0.3, 1.25), formulas.attention),
 }
 # the inputs that get no gradient
-CONSTANT = {"masked_softmax": {1}, "cross_entropy": {1}, "dropout": {1, 2}, "attention": {3, 4, 5}}
+CONSTANT = {"rotary": {1, 2}, "masked_softmax": {1}, "cross_entropy": {1}, "dropout": {1, 2}, "attention": {3, 4, 5}}
 PRODUCTS = ("product", "biased_product", "lora")
 MASKS = [(1, 1, 1), (2, 1, 1), (2, 1, 3), (1, 4, 3), (2, 4, 3)]
 
@@ -39,6 +40,9 @@ def inputs_for(name, shape, rng, mask=(2, 1, 1)):
 
     if name == "masked_softmax":
         return normal(2, 4, 3, shape[-1]), normal(*mask, shape[-1])
+    if name == "rotary":
+        rows, size = int(np.prod(shape[:-1])), 2 * shape[-1]
+        return normal(2, rows, 3, size), normal(2, rows, 1, size), normal(2, rows, 1, size)
     if name == "cross_entropy":
         rows = int(np.prod(shape[:-1]))
         labels = rng.integers(0, shape[-1], rows).astype(np.int32)
@@ -84,7 +88,8 @@ def check(name, values, rng):
     make, formula = OPERATORS[name]
     operator = make()
     right = formula(*(value.astype(np.float64) if value.dtype.kind == "f" else value for value in values))
-    close = 1e-5 if name == "attention" else 2e-6  # scores take up the rounding of a mask that is larger than they
+    # scores take up the rounding of a mask that is larger than they, and a branch that of its inner product
+    close = {"attention": 1e-5, "lora": 3e-5}.get(name, 2e-6)
     np.testing.assert_allclose(operator(*tensors(values)).asnumpy(), right, atol=close, rtol=close)
     wanted = [index for index in range(len(values)) if index not in CONSTANT.get(name, ())]
     probe = rng.standard_normal(right.shape).astype(np.float32)
@@ -172,7 +177,7 @@ def test_activations_have_their_limits(name, mode):
     assert np.isfinite(slope).all()
 
 
-@pytest.mark.parametrize("name", [name for name in OPERATORS if name not in ("dropout", "attention", *PRODUCTS)])
+@pytest.mark.parametrize("name", [n for n in OPERATORS if n not in ("dropout", "attention", "rotary", *PRODUCTS)])
 def test_nan_goes_through(name, mode, rng):
     values = inputs_for(name, (4, 40), rng)
     first = values[0].reshape(-1, values[0].shape[-1])
@@ -193,7 +198,8 @@ def test_nan_goes_through(name, mode, rng):
 def test_deep_products_add_up_their_blocks(name, rows, into, out, rank, rng):
     """More columns than a block has: a branch's columns begin in the middle of one, and at the end."""
     shapes = [(rows, into), (out, into), (out,), (rank, into), (out, rank)]
-    values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes][: {"product": 2, "lora": 5}.get(name, 3)]
+    inputs = {"product": 2, "biased_product": 3, "lora": 5}[name]
+    values = [rng.standard_normal(shape).astype(np.float32) for shape in shapes[:inputs]]
     wide = [value.astype(np.float64) for value in values]
     make, formula = OPERATORS[name]
     operator = make()
@@ -248,11 +254,15 @@ def test_attention_of_more_queries_than_a_block(mask, drops, rng):
         np.testing.assert_allclose(ours.asnumpy(), theirs.asnumpy(), atol=2e-5)
 
 
-def test_nan_goes_through_dropout_products_and_attention(mode, rng):
+def test_nan_goes_through_what_mixes_entries(mode, rng):
     x, words, keys = inputs_for("dropout", (4, 40), rng)
     x[1, 3] = np.nan
     found = operators.Dropout(1.25)(*tensors((x, words, keys))).asnumpy()
     assert np.isnan(found).sum() == 1
+    x, cos, sin = inputs_for("rotary", (2, 8), rng)
+    x[1, 1, 2, 3] = np.nan
+    found = operators.Rotary()(*tensors((x, cos, sin))).asnumpy()
+    assert np.isnan(found).sum() == np.isnan(found[1, 1, 2, [3, 11]]).sum() == 2
     x, weight = inputs_for("product", (4, 40), rng)
     x[1, 3] = np.nan
     found = operators.Product()(*tensors((x, weight))).asnumpy()

@@ -124,7 +124,10 @@ def test_every_optimizer_learns_with_weight_decay(inputs, tmp_path, optimizer, r
 
 @pytest.mark.exhaustive_in_graph("adam-*")
 @pytest.mark.parametrize("train_mode", ["graph", "pynative"])
-@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.02), ("adamw", 0.005), ("sgd", 0.1)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"),
+    [("adam", 0.02), *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in (("adamw", 0.005), ("sgd", 0.1)))],
+)
 @pytest.mark.usefixtures("back_to_pynative")
 def test_lora_plus_learns_and_resumes(inputs, tmp_path, optimizer, rate, train_mode):
     """B's rate is another one: a ratio of 1 gives another curve."""
@@ -252,7 +255,7 @@ class StopAt(Reporter):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("at", range(1, 7))
+@pytest.mark.parametrize("at", [1, 2, 5, *(pytest.param(at, marks=pytest.mark.exhaustive) for at in (3, 4, 6))])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_a_run_can_be_resumed_at_every_step(inputs, tmp_path, at):
     """Uneven batches, accumulated in pairs, an evaluation every second step, and early stopping at step six."""

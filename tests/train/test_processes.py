@@ -42,9 +42,7 @@ ACCUMULATED = ["method.name=lora", "train.accumulate=3", "train.weight_decay=0.1
 R_DROP = ["method.name=ptuning2", "method.tokens=4", "train.r_drop_alpha=2", "train.accumulate=2"]
 FEW = {
     "lora": [*EVERY_METHOD["lora"], "train.r_drop_alpha=2", "train.batch_size=7"],
-    "full": EVERY_METHOD["full"],
-    "accumulated": ACCUMULATED,
-    "r_drop": [*R_DROP, "train.mode=pynative"],
+    "full": [*EVERY_METHOD["full"], "train.accumulate=3", "train.weight_decay=0.1"],
 }
 ALL = {
     **{f"{name}-{mode}": [*runs, f"train.mode={mode}"] for name, runs in EVERY_METHOD.items() for mode in MODES},

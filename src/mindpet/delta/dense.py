@@ -66,7 +66,7 @@ class ComputeDense(nn.Dense):
         super().__init__(in_channels, out_channels, weight_init, bias_init, has_bias, activation, dtype=param_init_type)
         self.compute_dtype = compute_dtype
         self.cast = ops.Cast()
-        self.fused_product = None  # a Cell that computes product and bias at once: see mindpet.kernels.accelerate
+        self.fused_product: Any = None  # a Cell that computes product and bias at once: see mindpet.kernels.accelerate
 
     @classmethod
     def borrow(cls, dense: nn.Dense) -> "Self":
@@ -118,7 +118,7 @@ class ComputeDense(nn.Dense):
     def dense_rows(self, rows):
         """X W^T + b on rows: (rows, in) -> (rows, out)."""
         weight = self.cast(self.weight, self.compute_dtype)
-        if self.fused_product is not None and self.fused_product.takes(rows, weight):
+        if self.fused_product is not None and self.fused_product.multiplies(rows, weight):
             return self.fused_product(rows, weight, self.cast(self.bias, self.compute_dtype))
         return self.biased(self.matmul(rows, weight))
 

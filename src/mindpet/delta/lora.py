@@ -165,13 +165,13 @@ class LoRADense(ComputeDense):
         self.lora_b_matmul = ops.MatMul(transpose_b=True)
         self.mul = ops.Mul()
         self.add = ops.Add()
-        self.fused_branch = None  # a Cell that computes all of it at once: see mindpet.kernels.accelerate
+        self.fused_branch: Any = None  # a Cell that computes all of it at once: see mindpet.kernels.accelerate
 
     def construct(self, x):
         rows = self.rows_of(x)  # (rows, in)
         a = self.cast(self.mindpet_delta_lora_a, self.compute_dtype)
         b = self.cast(self.mindpet_delta_lora_b, self.compute_dtype)
-        if self.fused_branch is not None and self.fused_branch.takes(rows, self.weight):
+        if self.fused_branch is not None and self.fused_branch.multiplies(rows, self.weight):
             out = self.fused_branch(rows, self.weight, self.bias, a, b)
         else:
             branch = self.lora_a_matmul(self.lora_dropout(rows), a)  # (rows, rank)

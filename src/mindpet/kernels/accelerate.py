@@ -18,6 +18,7 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "masked_softmax": cells.FastMaskedSoftmax,
     "attention": cells.FastAttention,
     "rms_norm": cells.FastRMSNorm,
+    "rotary": cells.FastRotary,
     "gated_silu": cells.FastGatedSiLU,
     "cross_entropy": cells.FastCrossEntropy,
     "quantised_product": cells.FastQuantisedProduct,
@@ -46,6 +47,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     - ``"attention"``: as :class:`mindpet.models.attention.DotProductAttention`. In training with dropout the kernel
       takes it only under :class:`mindpet.train.dropout.DropoutKeys`, as in a run;
     - ``"rms_norm"``: ``construct(x)``, with `weight` and `epsilon`;
+    - ``"rotary"``: ``construct(x, cos, sin)`` is x cos + swap(x) sin, where swap exchanges the halves of the last axis;
+      no gradient goes to cos and sin;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
     - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries;
@@ -111,7 +114,7 @@ def _has_plain_bias(cell: nn.Cell) -> bool:
 
 
 def _is_plain_product(cell: Any) -> bool:
-    """Whether the product is x W^T and not cut. Only in graph mode: PyNative would compute gradients of frozen weights."""
+    """Whether it is x W^T and not cut. Only in graph mode: PyNative would compute the gradients of frozen weights."""
     product: Any = vars(cell).get("matmul")
     if not _compat.in_graph_mode() or type(product) is not ops.MatMul:
         return False

@@ -97,9 +97,9 @@ class FastMaskedSoftmax(Fast, nn.Cell):
 class _FastProduct(Fast, nn.Cell):
     """What the products of dense layers share: they take what is large enough."""
 
-    def takes(self, x, weight):
+    def multiplies(self, x, weight):
         """Whether the kernel can take these rows (rows, in) and this weight (out, in), and is faster."""
-        known = Fast.takes(self, x) and Fast.takes(self, weight) and len(x.shape) == 2
+        known = self.takes(x) and self.takes(weight) and len(x.shape) == 2
         return known and x.shape[0] >= _ROWS and x.shape[0] * weight.size >= _WORTHWHILE
 
 
@@ -113,13 +113,13 @@ class FastMatMul(_FastProduct):
         self.fast, self.original = operators.Product(), original
 
     def construct(self, x, weight):
-        if self.takes(x, weight):
+        if self.multiplies(x, weight):
             return self.fast(x, weight)
         return self.original(x, weight)
 
 
 class FastBiasedProduct(_FastProduct):
-    """The product of a dense layer and its bias at once, ``x W^T + b``, for rows that it `takes`."""
+    """The product of a dense layer and its bias at once, ``x W^T + b``, for what it `multiplies`."""
 
     def __init__(self):
         super().__init__()
@@ -140,7 +140,7 @@ class FastDense(nn.Dense):
 
     def construct(self, x):
         rows = x if x.ndim == 2 else self.reshape(x, (-1, x.shape[-1]))
-        if self.fused_product.takes(rows, self.weight):
+        if self.fused_product.multiplies(rows, self.weight):
             rows = self.fused_product(rows, self.weight, self.bias)
         else:
             rows = self.bias_add(self.matmul(rows, self.weight), self.bias)
@@ -150,7 +150,7 @@ class FastDense(nn.Dense):
 
 
 class FastLoRA(_FastProduct):
-    """A dense layer and its LoRA branch at once, ``x W^T + b + s x A^T B^T``, for rows that it `takes`."""
+    """A dense layer and its LoRA branch at once, ``x W^T + b + s x A^T B^T``, for what it `multiplies`."""
 
     def __init__(self, scale: float, out: int):
         super().__init__()
@@ -234,6 +234,20 @@ class FastRMSNorm(Fast, nn.Cell):
         wide = x.astype(mstype.float32)
         scale = ops.rsqrt(ops.square(wide).mean(-1, keep_dims=True) + self.epsilon)
         return (wide * scale).astype(x.dtype) * self.weight
+
+
+class FastRotary(Fast, nn.Cell):
+    """x cos + swap(x) sin: `construct` takes (x, cos, sin), all of four axes."""
+
+    def __init__(self, original: nn.Cell):
+        super().__init__()
+        self.fast, self.original = operators.Rotary(), original
+
+    def construct(self, x, cos, sin):
+        known = self.takes(x) and self.takes(cos) and self.takes(sin)
+        if known and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3]):
+            return self.fast(x, cos, sin)
+        return self.original(x, cos, sin)
 
 
 class FastGatedSiLU(Fast, nn.Cell):

@@ -112,6 +112,24 @@ class GatedSiLU(nn.Cell):
         return self.backward(gate, up, dout), self.forward(gate, dout)
 
 
+class Rotary(nn.Cell):
+    """x cos + swap(x) sin, where swap exchanges the halves of the last axis; cos and sin are constants.
+
+    Shapes: x ``(batch, n, heads, d)``, cos and sin ``(batch, n, 1, d)``.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("rotary_forward")
+        self.backward = Kernel("rotary_backward")
+
+    def construct(self, x, cos, sin):
+        return self.forward(x, cos, sin)
+
+    def bprop(self, x, cos, sin, out, dout):
+        return self.backward(dout, cos, sin), ops.zeros_like(cos), ops.zeros_like(sin)
+
+
 class LayerNorm(nn.Cell):
     r""":math:`\gamma\,(x - \mathrm{E}x) / \sqrt{\mathrm{Var}\,x + \epsilon} + \beta` over the last axis.
 
@@ -234,7 +252,7 @@ class LoRAProduct(nn.Cell):
 
 
 class _LoRASum(nn.Cell):
-    """The same, with h = x A^T given: kept from the forward pass, it need not be computed again in the backward pass."""
+    """The same, with h = x A^T given: it need not be computed again in the backward pass."""
 
     def __init__(self, scale: float):
         super().__init__(auto_prefix=False)

@@ -23,7 +23,7 @@ struct Matrix {
 };
 
 // Strip (depth, STRIP) of A (rows, depth), all of whose rows it holds if they are fewer; zeros beyond the last one.
-void pack_strip(const Matrix &a, int64_t rows, int64_t depth, float *strip) {
+inline void pack_strip(const Matrix &a, int64_t rows, int64_t depth, float *strip) {
     const int64_t high = rows < STRIP ? rows : STRIP;
     if (a.row == 1 && high == STRIP) {
         for (int64_t k = 0; k < depth; ++k) std::memcpy(strip + k * STRIP, a.data + k * a.column, STRIP * sizeof(float));
@@ -36,7 +36,7 @@ void pack_strip(const Matrix &a, int64_t rows, int64_t depth, float *strip) {
 }
 
 // Panel (depth, PANEL) of B (depth, columns) times `factor` from its column `first`; zeros beyond the last one.
-void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel, float factor = 1.0f) {
+inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel, float factor = 1.0f) {
     const int64_t width = columns - first < PANEL ? columns - first : PANEL;
     const float *from = b.data + first * b.column;
     if (b.column == 1 && factor == 1.0f) {

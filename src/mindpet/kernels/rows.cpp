@@ -164,6 +164,30 @@ KERNEL gated_silu_backward(ARGUMENTS) {
     return 0;
 }
 
+// ---- x (batch, n, heads, d), cos and sin (batch, n, 1, d): x cos + swap(x) sin, where swap exchanges the halves of d
+namespace {
+template <bool BACKWARD>  // dy cos + swap(dy sin)
+int rotary(const Call &call) {
+    if (!call.floats(4) || call.ndims[0] != 4 || call.ndims[1] != 4 || call.size(2) != call.size(1)) return 1;
+    const int64_t *shape = call.shapes[0], heads = shape[2], size = shape[3], half = size / 2;
+    if (size % 2 || call.size(1) != shape[0] * shape[1] * size || !call.per_entry(3)) return 1;
+    const float *x = call[0], *cosines = call[1], *sines = call[2];
+    float *y = call[3];
+    each_row(shape[0] * shape[1] * heads, size, [=](int64_t row) {
+        const float *from = x + row * size, *cos = cosines + row / heads * size, *sin = sines + row / heads * size;
+        const float *left = BACKWARD ? sin + half : sin, *right = BACKWARD ? sin : sin + half;
+        float *to = y + row * size;
+#pragma omp simd
+        for (int64_t i = 0; i < half; ++i) to[i] = from[i] * cos[i] + from[half + i] * left[i];
+#pragma omp simd
+        for (int64_t i = 0; i < half; ++i) to[half + i] = from[half + i] * cos[half + i] + from[i] * right[i];
+    });
+    return 0;
+}
+}  // namespace
+KERNEL rotary_forward(ARGUMENTS) { CALL; return rotary<false>(call); }
+KERNEL rotary_backward(ARGUMENTS) { CALL; return rotary<true>(call); }
+
 // ---- LayerNorm over the last axis: x, gamma, beta, epsilon, y
 KERNEL layer_norm_forward(ARGUMENTS) {
     CALL;

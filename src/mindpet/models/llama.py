@@ -146,7 +146,7 @@ class Rotary(nn.Cell):
 
     .. math:: \phi_{p,i} = p\, \theta^{-2i/d}
 
-    Called with positions ``(batch, n)`` it gives cosines and signed sines, each ``(batch, n, 1, d)``, for :func:`turn`.
+    Called with positions ``(batch, n)`` it gives cosines and signed sines for :class:`Turn`, each ``(batch, n, 1, d)``.
     """
 
     def __init__(self, size: int, theta: float):
@@ -159,11 +159,15 @@ class Rotary(nn.Cell):
         return ops.concat((cos, cos), -1).expand_dims(2), ops.concat((-sin, sin), -1).expand_dims(2)
 
 
-def turn(x, cos, sin):
+class Turn(nn.Cell):
     """Rotate ``(batch, n, heads, d)`` by what :class:`Rotary` gives: x cos + (the other half of x) sin."""
-    half = x.shape[-1] // 2
-    swapped = ops.concat((x[..., half:], x[..., :half]), -1)
-    return x * cos + swapped * sin
+
+    mindpet_kernel = "rotary"
+
+    def construct(self, x, cos, sin):
+        half = x.shape[-1] // 2
+        swapped = ops.concat((x[..., half:], x[..., :half]), -1)
+        return x * cos + swapped * sin
 
 
 class LlamaAttention(nn.Cell):
@@ -179,6 +183,7 @@ class LlamaAttention(nn.Cell):
         self.o_proj = _dense(self.heads * self.head_dim, hidden, config.attention_bias, config)
         self.core = DotProductAttention(self.heads, self.kv_heads, self.head_dim, config.attention_dropout)
         self.adaption = AdaptionSlot(hidden)
+        self.turn = Turn()
 
     def construct(self, rows, mask, cos, sin, extra):
         batch = mask.shape[0]
@@ -195,7 +200,7 @@ class LlamaAttention(nn.Cell):
     def turned(self, rows, batch, cos, sin):
         """Rotate every head of (batch * seq, heads * head_dim), as (batch, seq, heads * head_dim)."""
         parts = rows.reshape((batch, -1, rows.shape[-1] // self.head_dim, self.head_dim))
-        return turn(parts, cos, sin).reshape((batch, -1, rows.shape[-1]))
+        return self.turn(parts, cos, sin).reshape((batch, -1, rows.shape[-1]))
 
 
 class LlamaMLP(nn.Cell):
