@@ -29,6 +29,12 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(directory: Path) -> None:
+    """What :func:`whole_file` has begun there, in processes that were killed. Nobody may be writing there now."""
+    for left in directory.glob(".*.tmp"):
+        left.unlink(missing_ok=True)
+
+
 def write_text(path: Path | str, text: str) -> None:
     """The whole text, in UTF-8."""
     with whole_file(path) as temporary:
@@ -41,11 +47,19 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_tensors(path: Path | str, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """A safetensors file."""
+    """A safetensors file.
+
+    Raises:
+        OSError: it cannot be written, for want of room for instance.
+    """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     with whole_file(path) as temporary:
-        save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata)
+        try:
+            save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(

@@ -25,6 +25,8 @@ _REFUSED = {
 class _GELU(nn.Cell):
     """Tanh form of GELU, as ``mindspore.nn.GELU()``."""
 
+    mindpet_kernel = "gelu_tanh"  # what mindpet.kernels.accelerate replaces it by
+
     def __init__(self):
         super().__init__()
         self.gelu = ops.GeLU()

@@ -5,22 +5,28 @@
 
 namespace {
 
-constexpr int64_t TILE_ROWS = LANES == 16 ? 8 : LANES == 8 ? 6 : 4;
-constexpr int64_t QUERIES = 64;  // in a block
+constexpr int64_t TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
+constexpr int64_t FEW_ROWS = 4;  // of a smaller tile, for the rows that are left over
+constexpr int64_t QUERIES = 96;  // in a block
+
+// `i` rows are done; the next ones, as many tiles of ROWS as fit.
+template <int64_t ROWS>
+void tiles(int64_t &i, int64_t rows, int64_t depth, const float *a, int64_t row, int64_t column, const float *b,
+           int64_t b_row, float *c, int64_t c_row, bool add) {
+    for (; i + ROWS <= rows; i += ROWS) {
+        float *to = c + i * c_row;
+        tile<ROWS>(depth, a + i * row, row, column, b, b_row, to, c_row, add ? to : nullptr, c_row);
+    }
+}
 
 // C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is a multiple of TILE_COLUMNS.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t row, int64_t column, const float *b,
               int64_t b_row, float *c, int64_t c_row, bool add) {
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
         int64_t i = 0;
-        for (; i + TILE_ROWS <= rows; i += TILE_ROWS) {
-            float *to = c + i * c_row + j;
-            tile<TILE_ROWS>(depth, a + i * row, row, column, b + j, b_row, to, c_row, add ? to : nullptr, c_row);
-        }
-        for (; i < rows; ++i) {
-            float *to = c + i * c_row + j;
-            tile<1>(depth, a + i * row, row, column, b + j, b_row, to, c_row, add ? to : nullptr, c_row);
-        }
+        tiles<TILE_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
+        tiles<FEW_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
+        tiles<1>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
     }
 }
 

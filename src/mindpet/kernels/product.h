@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t STRIP = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // rows of a tile
 constexpr int64_t PANEL = TILE_COLUMNS;
-constexpr int64_t STRIPS = 96 / STRIP;  // that a thread takes at a time
+constexpr int64_t STRIPS = 96 / STRIP;  // that a thread takes at a time, fewer if there are few
+constexpr int64_t SHARES = 8;           // pieces of a product, at least, where there are as many strips
 constexpr int64_t DEPTH = 832;          // of a block: its strips and one panel stay in the second level of cache
 
 // A matrix in memory: entry (i, k) is data[i row + k column].
@@ -79,7 +80,8 @@ int multiply(int64_t rows, int64_t columns, const Left &a, const Pack &pack, con
         for (int64_t panel = first; panel < last; ++panel)
             pack(panel * PANEL, packed + panel * depth * PANEL);
     });
-    const int64_t chunk = STRIPS * STRIP, blocks = depth ? (depth + DEPTH - 1) / DEPTH : 1;
+    const int64_t wanted = rows / (STRIP * SHARES), strips_each = wanted < 1 ? 1 : wanted < STRIPS ? wanted : STRIPS;
+    const int64_t chunk = strips_each * STRIP, blocks = depth ? (depth + DEPTH - 1) / DEPTH : 1;
     std::atomic<bool> failed{false};
     Pool::instance().run((rows + chunk - 1) / chunk, [&](int64_t index) {
         thread_local Scratch own;  // `scratch` may hold the panels

@@ -47,10 +47,10 @@ def wishes_to_stop() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def lock_of(directory: Path) -> int | None:
+def lock_of(directory: Path, name: str = LOCK) -> int | None:
     """A lock on the directory that lives as long as a process which inherits it; None when somebody has it."""
     directory.mkdir(parents=True, exist_ok=True)
-    lock = os.open(directory / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    lock = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -2,8 +2,11 @@
 
 import dataclasses
 import os
+import shlex
 import statistics
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +26,19 @@ from mindpet.parallel.group import join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, differences, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
-from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Reporter, read_metrics
+from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Progress, Reporter, read_metrics
 from mindpet.train.launch import launch
 from mindpet.train.metrics import LanguageScores, Scores, predict_logits, probabilities, scorer
 from mindpet.train.prepare import Prepared, held_out, open_model, prepare
+from mindpet.train.processes import lock_of
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
 FULL_LEARNING_RATE = 1e-4
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
+
+
+class CannotWrite(RuntimeError):
+    """The output directory takes no more; what was saved before is intact."""
 
 
 class NothingDrops(RunFileError):
@@ -131,8 +139,10 @@ def finetune(
         of the weights and the optimizer's state, `seconds_per_step` the median without the first step, which compiles.
 
     Raises:
-        RunFileError: the output directory holds a run, and neither `resume` nor `overwrite` is given.
+        RunFileError: the output directory holds a run, and neither `resume` nor `overwrite` is given; or another run
+            writes into it at this moment.
         DataError, PretrainedFilesError: the inputs cannot be used.
+        CannotWrite: the output directory takes no more, for want of room for instance.
         Interrupted, Diverged, CannotResume: see :meth:`mindpet.train.fit.Fit.run`.
     """
     reporter = reporter or Reporter()
@@ -161,56 +171,101 @@ def finetune(
     rows = prepared.train, prepared.test
     scores = scorer(network, prepared.task, group)
     fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter, group=group)
-    directory.mkdir(parents=True, exist_ok=True)
     group.wait()  # all have looked at the directory
-    if not resume:
+    with _only_writer(directory) if group.leads else nullcontext():
         if group.leads:
+            _check_directory(config, directory, resume, overwrite)  # another run may have been there meanwhile
+        try:
+            progress, before, records = _fit(fit, config, prepared, resume, trainable / total)
+        except OSError as error:
+            raise CannotWrite(_cannot_write(directory, error)) from error
+        peak = group.gather(np.array([peak_memory_mib()])).max()
+        if not group.leads:
+            group.wait()
+            return _files.read_json(directory / "report.json")
+        scored = [record for record in records if "evaluation_loss" in record]
+        kept = progress.best_step if config.train.keep_best and progress.best_step else progress.step
+        after = next((record for record in reversed(scored) if record["step"] == kept), scored[-1])
+        report = {
+            "method": config.method.name,
+            "before": before,
+            "after": {key: after[key] for key in before},
+            "step": progress.step,
+            "kept_step": kept,
+            "task": prepared.task,
+            "rows": {"train": prepared.train.count, "test": prepared.test.count},
+            "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+            "processes": group.size,
+            "delta_bytes": size_of(directory / "delta"),
+            "model_bytes": size_of(Path(config.model.path)),
+            "static_memory_bytes": weights + fit.state_bytes,
+            "seconds_per_step": _usual_seconds(records),
+            "seconds": {"training": round(progress.seconds, 1), "whole": round(time.monotonic() - begun, 1)},
+            "peak_memory_mib": round(float(peak)),
+        }
+        if prepared.task == "language":
+            report["tokens"] = {"train": prepared.train.labelled, "test": prepared.test.labelled}
+        _files.write_json(directory / "report.json", report)
+        group.wait()
+        return report
+
+
+@contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    """Nobody else writes into the directory.
+
+    Raises:
+        RunFileError: somebody does.
+    """
+    lock = lock_of(directory, ".writer.lock")
+    if lock is None:
+        raise RunFileError(
+            f"Another run writes into {directory} at this moment: wait for it, or choose another output.directory."
+        )
+    try:
+        for place in (directory, directory / "delta"):
+            _files.remove_leftovers(place)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _cannot_write(directory: Path, error: OSError) -> str:
+    saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
+    again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
+    hint = f"The last save is intact. Make room, then go on with: {again}" if saved else "Nothing was saved yet."
+    return f"{directory} cannot be written to: {error}.\n{hint}"
+
+
+def _fit(
+    fit: Fit, config: RunConfig, prepared: Prepared, resume: bool, share: float
+) -> tuple[Progress, dict[str, float], list[dict[str, Any]]]:
+    """Train. Returns how far it got, the scores before, and the records of the metrics (of the leading process)."""
+    directory, leads = fit.directory, fit.group.leads
+    if not resume:
+        if leads:
             _begin_directory(directory, prepared)
         before = fit.evaluate().as_record()
-        if group.leads:
+        if leads:
             _files.write_json(directory / "before.json", before)
             _files.write_text(directory / "run.yaml", as_yaml(config))
     else:
         before = _files.read_json(directory / "before.json", CannotResume)
+
+    def draw() -> list[dict[str, Any]]:
+        records = read_metrics(directory / "metrics.jsonl") if leads else []
+        if records:
+            draw_curve(records, directory / "curve.png", _title(config, share))
+        return records
+
     try:
-        try:
-            progress = fit.run(resume)
-        finally:
-            records = read_metrics(directory / "metrics.jsonl") if group.leads else []
-            if records:
-                draw_curve(records, directory / "curve.png", _title(config, trainable / total))
+        progress = fit.run(resume)
     except (Interrupted, Diverged):
-        group.wait()  # the first process has still to draw
+        with suppress(OSError):
+            draw()
+        fit.group.wait()  # the first process has still to draw
         raise
-    peak = group.gather(np.array([peak_memory_mib()])).max()
-    if not group.leads:
-        group.wait()
-        return _files.read_json(directory / "report.json")
-    scored = [record for record in records if "evaluation_loss" in record]
-    kept = progress.best_step if config.train.keep_best and progress.best_step else progress.step
-    after = next((record for record in reversed(scored) if record["step"] == kept), scored[-1])
-    report = {
-        "method": config.method.name,
-        "before": before,
-        "after": {key: after[key] for key in before},
-        "step": progress.step,
-        "kept_step": kept,
-        "task": prepared.task,
-        "rows": {"train": prepared.train.count, "test": prepared.test.count},
-        "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
-        "processes": group.size,
-        "delta_bytes": size_of(directory / "delta"),
-        "model_bytes": size_of(Path(config.model.path)),
-        "static_memory_bytes": weights + fit.state_bytes,
-        "seconds_per_step": _usual_seconds(records),
-        "seconds": {"training": round(progress.seconds, 1), "whole": round(time.monotonic() - begun, 1)},
-        "peak_memory_mib": round(float(peak)),
-    }
-    if prepared.task == "language":
-        report["tokens"] = {"train": prepared.train.labelled, "test": prepared.test.labelled}
-    _files.write_json(directory / "report.json", report)
-    group.wait()
-    return report
+    return progress, before, draw()
 
 
 def _begin_directory(directory: Path, prepared: Prepared) -> None:

@@ -1,0 +1,179 @@
+"""What may happen to a run: kills at any moment, a full disk, a second run in its directory, a clock that goes back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from mindpet.train import run
+from mindpet.train.config import RunFileError, load_run
+from mindpet.train.fit import CHECKPOINT, read_metrics
+from mindpet.train.processes import lock_of
+from tests.tiny import overrides, sentences, write_model, write_rows
+
+HERE = Path(__file__).parent
+CHANGING = {"seconds", "samples_per_second", "tokens_per_second"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inputs")
+    return write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(60))
+
+
+@pytest.fixture(scope="module")
+def words(inputs):
+    """A run of two dozen steps that saves after each and keeps the best delta."""
+    found = overrides(*inputs, "nowhere", "train.epochs=4", "train.save_every=1", "train.evaluate_every=3")
+    return [word for word in found if not word.startswith("output.directory")]
+
+
+@pytest.fixture(scope="module")
+def whole(words, tmp_path_factory):
+    """The same without faults."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    finetune(words, directory)
+    return directory
+
+
+def finetune(words, directory, *flags):
+    command = [sys.executable, "-m", "mindpet", "finetune", *words, f"output.directory={directory}", *flags]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def curve(directory):
+    return [
+        {key: value for key, value in record.items() if key not in CHANGING}
+        for record in read_metrics(directory / "metrics.jsonl")
+    ]
+
+
+def assert_same_end(directory, whole):
+    """The curve, the delta and the last save, bit for bit; nothing that was begun and not ended."""
+    assert curve(directory) == curve(whole)
+    for name in ("delta/delta.safetensors", CHECKPOINT):
+        ours, theirs = load_file(directory / name), load_file(whole / name)
+        assert ours.keys() == theirs.keys()
+        assert all(np.array_equal(value, theirs[key]) for key, value in ours.items()), name
+    reports = [json.loads((each / "report.json").read_text()) for each in (directory, whole)]
+    assert reports[0]["after"] == reports[1]["after"]
+    assert not list(directory.rglob("*.tmp"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [8, pytest.param(100, marks=pytest.mark.exhaustive)])
+def test_kills_at_random_moments_cost_nothing(words, whole, tmp_path, kills):
+    seconds = json.loads((whole / "report.json").read_text())["seconds"]["whole"]
+    script = [sys.executable, str(HERE / "killed.py"), str(kills), "7", str(1.2 * seconds + 0.5), str(tmp_path), *words]
+    done = subprocess.run(script, capture_output=True, text=True, timeout=3000)
+    assert done.returncode == 0, done.stderr
+    runs = json.loads(done.stdout.splitlines()[-1])
+    moments = [moment for each in runs for moment in each["kills"]]
+    assert len(moments) == kills
+    for each in runs:
+        assert_same_end(Path(each["directory"]), whole)
+    print(f"{kills} kills in {len(runs)} runs, after the steps {moments}")
+
+
+def small_disk(directory, size):
+    """Words that run a command with a file system of that many KiB at `directory`, or None where that is forbidden."""
+    command = ["unshare", "-m", *([] if os.geteuid() == 0 else ["-r"]), "sh", "-c"]
+    mount = f"mount -t tmpfs -o size={size}k none {directory} && "
+    tried = subprocess.run([*command, f"{mount} true"], capture_output=True) if shutil.which("unshare") else None
+    return (command, mount) if tried is not None and tried.returncode == 0 else None
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_path):
+    """Whatever is the file that does not fit any more."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    disk = small_disk(directory, 4096)
+    if disk is None:
+        pytest.skip("no file system can be mounted here")
+    command, mount = disk
+    script = tmp_path / "fill.py"
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "free, kept, disk, words = int(sys.argv[1]), sys.argv[2], sys.argv[3], sys.argv[4:]\n"
+        "tune = [sys.executable, '-m', 'mindpet', 'finetune', *words, f'output.directory={disk}/run']\n"
+        "with open(f'{disk}/filler', 'wb') as file:\n"
+        "    stat = os.statvfs(disk)\n"
+        "    file.write(bytes(stat.f_bavail * stat.f_frsize - free * 1024))\n"
+        "first = subprocess.run(tune, capture_output=True, text=True)\n"
+        "os.remove(f'{disk}/filler')\n"
+        "print('STATUS', first.returncode)\n"
+        "print(first.stdout + first.stderr)\n"
+        "begun = os.path.isfile(f'{disk}/run/run.yaml')\n"
+        "saved = os.path.isfile(f'{disk}/run/checkpoint.safetensors')\n"
+        "again = [*tune, *(['--resume'] if saved and begun else ['--overwrite'])]\n"
+        "if not os.path.isfile(f'{disk}/run/report.json'):\n"
+        "    subprocess.run(again, check=True)\n"
+        "subprocess.run(['cp', '-r', f'{disk}/run', kept], check=True)\n"
+    )
+    failures = []
+    for free in (0, 24, 60, 120, 200):
+        kept = tmp_path / f"kept-{free}"
+        line = " ".join([sys.executable, str(script), str(free), str(kept), str(directory), *map(quoted, words)])
+        done = subprocess.run([*command, mount + line], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        if "STATUS 0" not in done.stdout:
+            assert "STATUS 1" in done.stdout
+            assert "No space left on device" in done.stdout
+            assert "cannot be written to" in done.stdout
+            failures.append(free)
+        assert_same_end(kept, whole)
+    assert len(failures) >= 2, failures
+
+
+def quoted(word):
+    return f"'{word}'"
+
+
+def test_two_runs_do_not_write_into_one_directory(inputs, tmp_path):
+    config = load_run(None, overrides(*inputs, tmp_path / "run", "train.epochs=1"))
+    lock = lock_of(tmp_path / "run", ".writer.lock")
+    with pytest.raises(RunFileError, match=r"Another run writes into .*run at this moment: wait for it, or choose"):
+        run.finetune(config)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".writer.lock"]
+    os.close(lock)
+    run.finetune(config)
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+def test_a_second_run_that_came_too_late_is_refused(inputs, tmp_path, monkeypatch):
+    """Both saw an empty directory; one was faster."""
+    config = load_run(None, overrides(*inputs, tmp_path / "run", "train.epochs=1"))
+    build = run.build_network
+
+    def meanwhile(*given):
+        monkeypatch.setattr(run, "build_network", build)
+        run.finetune(config)
+        return build(*given)
+
+    monkeypatch.setattr(run, "build_network", meanwhile)
+    with pytest.raises(RunFileError, match="holds a run already"):
+        run.finetune(config)
+    assert (tmp_path / "run" / "report.json").is_file()
+
+
+def test_a_clock_that_goes_back_changes_nothing(inputs, whole, words, tmp_path, monkeypatch):
+    import time
+
+    now = iter(range(2_000_000_000, 0, -1000))
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    run.finetune(load_run(None, [*words, f"output.directory={tmp_path / 'run'}"]))
+    assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_file_in_the_place_of_the_directory_is_said_at_once(inputs, tmp_path):
+    (tmp_path / "run").write_text("a file")
+    done = finetune(overrides(*inputs, tmp_path / "run"), tmp_path / "run" / "deep")
+    assert done.returncode != 0
+    assert "Not a directory" in done.stderr
