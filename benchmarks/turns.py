@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 
+_REST = 0.3  # seconds before a step: threads of the side before spin for a while when their work is done
+
+
 class Side:
     """One of the processes, started as ``python SCRIPT WORDS``, which calls :func:`answer`."""
 
@@ -23,6 +26,7 @@ class Side:
         """Have it make one step: its seconds, the loss, the peak of resident memory in bytes, and what else it says."""
         assert self.process.stdin
         assert self.process.stdout
+        time.sleep(_REST)
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         for line in self.process.stdout:

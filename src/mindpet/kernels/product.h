@@ -76,14 +76,23 @@ int multiply(int64_t rows, int64_t columns, const Left &a, const Pack &pack, con
     const int64_t panels = (columns + PANEL - 1) / PANEL, depth = a.depth + a.more;
     float *packed = scratch.room(panels * depth * PANEL);
     if (!packed && panels > 0 && depth > 0) return 1;
-    each_piece(panels, depth * PANEL, [&](int64_t first, int64_t last) {
-        for (int64_t panel = first; panel < last; ++panel)
-            pack(panel * PANEL, packed + panel * depth * PANEL);
-    });
     const int64_t wanted = rows / (STRIP * SHARES), strips_each = wanted < 1 ? 1 : wanted < STRIPS ? wanted : STRIPS;
     const int64_t chunk = strips_each * STRIP, blocks = depth ? (depth + DEPTH - 1) / DEPTH : 1;
+    const int64_t together = depth * PANEL < CHUNK ? CHUNK / (depth * PANEL + 1) : 1;  // panels that are packed at a time
+    const int64_t packs = (panels + together - 1) / together;
+    std::atomic<int64_t> unpacked{packs};
     std::atomic<bool> failed{false};
-    Pool::instance().run((rows + chunk - 1) / chunk, [&](int64_t index) {
+    // Work is taken in order: whoever comes to the rows waits for panels that others are packing at that moment, no more.
+    Pool::instance().run(packs + (rows + chunk - 1) / chunk, [&](int64_t index) {
+        if (index < packs) {
+            const int64_t end = (index + 1) * together < panels ? (index + 1) * together : panels;
+            for (int64_t panel = index * together; panel < end; ++panel)
+                pack(panel * PANEL, packed + panel * depth * PANEL);
+            --unpacked;
+            return;
+        }
+        index -= packs;
+        while (unpacked > 0) std::this_thread::yield();
         thread_local Scratch own;  // `scratch` may hold the panels
         float *strips = own.room(chunk * DEPTH + STRIP * PANEL);
         if (!strips) {
