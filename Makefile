@@ -11,7 +11,7 @@ HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help install fetch models corpora comparison quickstart test exhaustive fuzz interop mindformers lint format docs bench bench-quick clean
+.PHONY: help dist install fetch models corpora comparison quickstart test exhaustive fuzz interop mindformers lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -112,6 +112,19 @@ $(COMPARED): $(FETCHED)
 	@echo "Installing torch, transformers and PEFT to compare with..."
 	@$(PIP) -c constraints.txt -e '.[dev,interop]'
 	@touch $@
+
+dist: $(FETCHED)  ## build wheel and source archive, install them into an empty environment, tune there for two steps
+	@$(PIP) -c constraints.txt 'build>=1.2,<2'
+	@rm -rf dist $(VENV)/empty
+	$(BIN)/python -m build --outdir dist .
+	@$(BIN)/python -m venv $(VENV)/empty
+	@echo "Installing the wheel and what it needs..."
+	@$(VENV)/empty/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+	    "$$(ls $(CURDIR)/dist/*.whl)[cli,text]"
+	@$(BIN)/python examples/headlines.py runs/headlines.jsonl
+	$(VENV)/empty/bin/mindpet methods
+	$(VENV)/empty/bin/mindpet finetune examples/quickstart.yaml --overwrite train.max_steps=2 output.directory=runs/dist
+	@rm -rf $(VENV)/empty
 
 clean:  ## remove .venv and everything that was made
 	rm -rf $(VENV) site build dist runs

@@ -1,6 +1,7 @@
 """What the Makefile stands on: finding an interpreter, and metadata that leads to a working installation."""
 
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,17 @@ def test_importing_does_not_import_mindspore(code):
     script = f"{code}, sys; print('mindspore' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=os.environ, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_the_licences_of_what_is_installed_are_listed():
+    script = runpy.run_path(str(ROOT / "scripts" / "licences.py"))
+    rows = [line for line in script["PLACE"].read_text(encoding="utf-8").splitlines() if line.startswith("| ")][1:]
+    listed = dict(line.strip("| ").split(" | ") for line in rows if "---" not in line)
+    here = {
+        name: script["licence"](each)
+        for name, each in script["installed"]("mindpet", script["EXTRAS"]).items()
+        if name != "mindpet"
+    }
+    if sys.version_info[:2] == (3, 11):  # another Python has a few packages more, or fewer
+        assert here.keys() == listed.keys(), "python scripts/licences.py writes the page anew"
+    assert {name: found for name, found in here.items() if listed.get(name, found) != found} == {}

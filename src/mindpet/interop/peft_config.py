@@ -10,6 +10,7 @@ from typing import Any
 
 from mindpet import _checks
 from mindpet.delta.registry import METHODS
+from mindpet.interop.patterns import slow_to_match
 
 _log = logging.getLogger("mindpet")
 
@@ -141,8 +142,12 @@ def _pattern_problems(config: Mapping[str, Any], keys: Iterable[str]) -> list[st
     ]:
         try:
             re.compile(pattern)
+            slow = slow_to_match(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"{given!r} is not a regular expression: {error}")
+            continue
+        if slow:
+            problems.append(f"{given!r} is a regular expression that could take very long, for {slow}")
     return problems
 
 
