@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-
 _REST = 0.3  # seconds before a step: threads of the side before spin for a while when their work is done
 
 

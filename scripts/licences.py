@@ -14,9 +14,9 @@ EXTRAS = ("cli", "text")
 HEADING = """# Licences
 
 What `pip install 'mindpet[cli,text]'` brings, and the licences that the packages state in their metadata.
-`scripts/licences.py` writes this page, and a test compares it with what is installed. mindpet itself is under Apache-2.0
-and contains no code of others. The packages that carry models and texts for the examples are fetched when a target of
-the Makefile needs them, and are not part of it.
+`scripts/licences.py` writes this page, and a test compares it with what is installed. mindpet itself is under
+Apache-2.0 and contains no code of others. The packages that carry models and texts for the examples are fetched when a
+target of the Makefile needs them, and are not part of it.
 
 | package | licence |
 | --- | --- |

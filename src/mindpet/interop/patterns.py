@@ -1,6 +1,6 @@
-"""Regular expressions that come in files: Python's engine takes exponential time for some, so those are refused.
+r"""Regular expressions that come in files: Python's engine takes exponential time for some, so those are refused.
 
->>> slow_to_match(r".*\\.(query|value)$"), slow_to_match(r"(\\w+\\.)*query")
+>>> slow_to_match(r".*\.(query|value)$"), slow_to_match(r"(\w+\.)*query")
 ('', 'a repeat within a repeat')
 """
 
@@ -36,7 +36,8 @@ class _Counted:
     def walk(self, node: Any, repeated: bool) -> None:
         """Through everything in it; `repeated` says whether it is itself repeated."""
         if isinstance(node, parser.SubPattern):
-            for operator, argument in node:
+            parts: Any = node.data
+            for operator, argument in parts:
                 if operator in (constants.MAX_REPEAT, constants.MIN_REPEAT) and argument[1] > _FEW:
                     self.repeats += 1
                     if repeated:
