@@ -31,7 +31,7 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
 def remove_leftovers(directory: Path) -> None:
     """What :func:`whole_file` has begun there, in processes that were killed. Nobody may be writing there now."""
-    for left in directory.glob(".*.tmp"):
+    for left in directory.glob(".*.????????.tmp"):
         left.unlink(missing_ok=True)
 
 

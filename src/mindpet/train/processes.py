@@ -1,5 +1,6 @@
 """What commands that start processes of their own have in common."""
 
+import errno
 import fcntl
 import os
 import signal
@@ -56,4 +57,8 @@ def lock_of(directory: Path, name: str = LOCK) -> int | None:
     except BlockingIOError:
         os.close(lock)
         return None
+    except OSError as error:  # a file system without locks: nobody can be kept out there
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP):
+            os.close(lock)
+            raise
     return lock
