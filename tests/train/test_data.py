@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mindpet.models.pretrained import load_tokenizer
 from mindpet.train.data import DataError, Rows, encode, overlapping, read_rows, split_rows
 from mindpet.train.step import IGNORED
-from tests.tiny import write_model
+from tests.tiny import write_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +56,9 @@ def test_broken_rows_are_named_by_line_and_counted(tmp_path):
     assert len(rows.broken) == len(bad)
     assert rows.broken[0].startswith("rows.jsonl, line 2: not JSON")
     assert "line 4: no 'label' (it has: text)" in rows.broken[2]
+    meant = write_rows(tmp_path / "meant.jsonl", [{"comment": "a", "label": "b"}])
+    with pytest.raises(DataError, match=r"no 'coment' \(it has: comment, label\) \(did you mean 'comment'\?\)"):
+        read_rows(meant, text="coment")
     assert "and 1 more" in rows.broken_in_words()
 
 

@@ -348,7 +348,7 @@ def summary(
 ) -> None:
     """Count what each method would train, and the memory for weights and optimizer. No weights are read.
 
-    The options of a run file's section method, and its optimizer, are those counted.
+    The options of a run file's sections method and compare, and its optimizer, are those counted.
 
     Examples:
       mindpet summary --preset llama-7b --dtype float16
@@ -366,7 +366,11 @@ def summary(
         if source is not None and source.endswith((".yaml", ".yml")):
             config = load_run(Path(source))
             source, optimizer = config.model.path, optimizer or config.train.optimizer
-            options = {config.method.name: config.method.options}
+            options = {config.method.name: dict(config.method.options)}
+            for name, settings in config.compare.settings.items():  # those of a comparison go over the method's own
+                for key, value in settings.items():
+                    if key.startswith("method."):
+                        options.setdefault(name, {})[key.removeprefix("method.")] = value
         title, content = sizes_of(source, preset)
         network = preset if preset is not None else content
         rows = summary_table(network, method or [], options, optimizer=optimizer or "adam", dtype=dtype, labels=labels)

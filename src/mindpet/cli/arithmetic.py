@@ -1,10 +1,10 @@
 """A summary and a plan on the screen. Nothing here imports MindSpore, so that the answers come at once."""
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from mindpet.cli.console import console_of
 from mindpet.train.plan_answer import Answer
 
 
@@ -13,7 +13,7 @@ def print_summary(title: str, rows: list[dict[str, str]], optimizer: str) -> Non
     headings = {"weights": "weights\nMiB", "optimizer": f"{optimizer}\nMiB", "static": "both\nMiB"}
     headings |= {"trains": "parameters\nthat train", "of full": "of full\ntuning"}
     table = Table(title=Text(title), box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    console = Console(highlight=False)
+    console = console_of()
     for name in rows[0]:
         table.add_column(headings.get(name, name), justify="left" if name == "method" else "right", no_wrap=True)
     for row in rows:
@@ -27,7 +27,7 @@ def print_summary(title: str, rows: list[dict[str, str]], optimizer: str) -> Non
 
 def print_plan(title: str, found: Answer) -> None:
     """What one device does, notes, and the strategies as they are pasted."""
-    console = Console(highlight=False)
+    console = console_of()
     plan = found.plan
     ways = f"data_parallel={plan.data_parallel} x model_parallel={plan.model_parallel}"
     many = f"{plan.devices} device{'s' * (plan.devices > 1)}"

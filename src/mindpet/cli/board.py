@@ -10,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 from rich.text import Text
 
+from mindpet.cli.console import console_of
 from mindpet.train.comparison.cells import Watcher
 from mindpet.train.comparison.tables import cells_of_row, notes, quality_heading
 
@@ -20,7 +21,7 @@ class Board(Watcher):
     """Bars on a terminal, plain lines elsewhere; a context, so that the bars go away in the end."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
+        self.console = console_of()
         self.bars: Progress | None = None
         self.tasks: dict[str, TaskID] = {}
         self.last_line, self.running = time.monotonic(), dict[str, tuple[int, int]]()

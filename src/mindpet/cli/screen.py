@@ -1,6 +1,5 @@
 """What the user sees: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
 
-import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 from rich.text import Text
 
+from mindpet.cli.console import console_of
 from mindpet.train.fit import Reporter
 from mindpet.train.metrics import LanguageScores, Scores
 from mindpet.train.report import counted
@@ -18,7 +18,6 @@ from mindpet.train.report import counted
 if TYPE_CHECKING:
     from mindpet.train.artifacts import Inspection
 
-_WIDTH_OF_FILES = 200
 _LINE_EVERY = 5.0  # seconds between lines where there is no terminal
 _SCORES = (
     ("accuracy", "accuracy", "{:.2%}"),
@@ -37,9 +36,7 @@ class Screen(Reporter):
     """
 
     def __init__(self, quiet: bool = False):
-        self.console = Console(quiet=quiet, highlight=False)
-        if not self.console.is_terminal and "COLUMNS" not in os.environ:  # a file has no edge
-            self.console.width = _WIDTH_OF_FILES
+        self.console = console_of(quiet)
         self.progress: Progress | None = None
         self.total = 0
         self.last_line = 0.0

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import mindspore.dataset as msds
 import numpy as np
 
 from mindpet._files import is_unicode
+from mindpet._near import near
 from mindpet.delta.r_drop import IGNORED
 from mindpet.parallel.group import ALONE, Group
 
@@ -157,7 +159,7 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
         return f"not an object but {type(record).__name__}"
     for key in keys:
         if key not in record:
-            return f"no '{key}' (it has: {_printable(record) or 'nothing'})"
+            return f"no '{key}' (it has: {_printable(record) or 'nothing'}){near(key, map(str, islice(record, 50)))}"
         value = record[key]
         if value is None or isinstance(value, (dict, list)):
             return f"'{key}' is {'null' if value is None else 'not a text'}"

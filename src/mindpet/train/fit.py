@@ -185,6 +185,7 @@ class Fit:
             self.accumulate = AccumulateStep(loss, self.optimizer)
             self.apply = AppliedStep(self.accumulate, self.optimizer, config.clip_norm, group.size)
         self.progress, self.saved_step = Progress(), 0
+        self.earlier_seconds = 0.0  # of training, before this run went on
         self.digest = f"{train.digest()} {test.digest()}"
         self._stop: str | None = None
 
@@ -371,7 +372,7 @@ class Fit:
             raise CannotResume(f"The data has changed since the run in {self.directory} began.")
         for name, value in tensors.items():
             here[name].set_data(Tensor(value.reshape(here[name].shape)))
-        self.progress = progress
+        self.progress, self.earlier_seconds = progress, progress.seconds
         self.saved_step = self.progress.step
 
     def _compile(self, cell: nn.Cell, *rows: Any) -> None:

@@ -186,6 +186,7 @@ def finetune(
         scored = [record for record in records if "evaluation_loss" in record]
         kept = progress.best_step if config.train.keep_best and progress.best_step else progress.step
         after = next((record for record in reversed(scored) if record["step"] == kept), scored[-1])
+        elapsed = fit.earlier_seconds + time.monotonic() - begun
         report = {
             "method": config.method.name,
             "before": before,
@@ -200,7 +201,7 @@ def finetune(
             "model_bytes": size_of(Path(config.model.path)),
             "static_memory_bytes": weights + fit.state_bytes,
             "seconds_per_step": _usual_seconds(records),
-            "seconds": {"training": round(progress.seconds, 1), "whole": round(time.monotonic() - begun, 1)},
+            "seconds": {"training": round(progress.seconds, 1), "whole": round(elapsed, 1)},
             "peak_memory_mib": round(float(peak)),
         }
         if prepared.task == "language":
