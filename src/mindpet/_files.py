@@ -29,10 +29,16 @@ def whole_file(path: Path | str) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(directory: Path) -> None:
-    """What :func:`whole_file` has begun there, in processes that were killed. Nobody may be writing there now."""
-    for left in directory.glob(".*.????????.tmp"):
-        left.unlink(missing_ok=True)
+class NotWrittenError(OSError):
+    """A file that could not be written, for want of room for instance."""
+
+
+def remove_leftovers(directory: Path, *names: str) -> None:
+    """What :func:`whole_file` has begun of these files, in processes that were killed; nobody may be writing now."""
+    for name in names:
+        for left in directory.glob(f".{name}.????????.tmp"):
+            if left.is_file():
+                left.unlink(missing_ok=True)
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -50,7 +56,7 @@ def write_tensors(path: Path | str, tensors: dict[str, np.ndarray], metadata: di
     """A safetensors file.
 
     Raises:
-        OSError: it cannot be written, for want of room for instance.
+        NotWrittenError: it cannot be.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
@@ -59,7 +65,7 @@ def write_tensors(path: Path | str, tensors: dict[str, np.ndarray], metadata: di
         try:
             save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, temporary, metadata)
         except SafetensorError as error:
-            raise OSError(f"{path} cannot be written: {error}") from error
+            raise NotWrittenError(f"{path} cannot be written: {error}") from error
 
 
 def read_tensors(

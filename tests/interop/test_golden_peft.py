@@ -234,6 +234,8 @@ def test_numbers_that_float16_cannot_hold_are_refused(edited):
         ({"exclude_modules": "(a|aa)*x"}, "could take very long, for a choice within a repeat"),
         ({"target_modules": ".*a.*e.*r.*q.*u.*e.*y!"}, "could take very long, for 7 repeats"),
         ({"rank_pattern": {r"(.*\.)+x": 4}}, "could take very long"),
+        ({"target_modules": "(?:.{1,20}){1,20}!"}, "could take very long, for a repeat within a repeat"),
+        ({"target_modules": r"(?:.|\w){20}(?:.|\w){20}!"}, "could take very long, for a choice within a repeat"),
         ({"target_modules": [1]}, "must be a string or a list of strings"),
         ({"rank_pattern": {"query": 4}}, r"misshaped: .*query.lora_A.weight is \(2, 8\) in the file, \(4, 8\) here"),
         ({"target_modules": ["query", "value", "key"]}, "missing in the file: LoRA of .*layer.1.attention.self.key"),

@@ -167,6 +167,34 @@ def test_products_of_dense_layers(mode, way, order, has_bias, rng):
             networks[1].set_train(not networks[1].training)(x)
 
 
+def test_parameters_of_activations_keep_their_names(mode):
+    def make():
+        return nn.SequentialCell(nn.Dense(8, 8, activation="prelu"), nn.Dense(8, 8, activation="prelu"))
+
+    names = [parameter.name for parameter in make().get_parameters()]
+    assert "1.activation.w" in names
+    assert [parameter.name for parameter in mindpet.accelerate(make()).get_parameters()] == names
+    adapted = mindpet.inject(make(), LoRAConfig(rank=2, targets=["1"]))
+    mindpet.eject(adapted)
+    assert [parameter.name for parameter in adapted.get_parameters()] == names
+
+
+def test_a_second_call_joins_the_branch_that_came_since_the_first(rng):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    try:
+        network = mindpet.accelerate(Wide())
+        mindpet.inject(network, LoRAConfig(rank=4, targets=["up"]))
+        assert network.up.fused_branch is None
+        mindpet.accelerate(network)
+        assert network.up.fused_branch is not None
+        x = Tensor(rng.standard_normal((5, 10, 160)), ms.float32)
+        network.up.fused_branch.fast.sum.forward = None
+        with pytest.raises(ValueError, match="not callable"):
+            network(x)
+    finally:
+        ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
 def test_a_compiled_network_can_be_accelerated(mode):
     network = lora(tiny_bert())
     before = logits_and_gradients(network)

@@ -23,6 +23,7 @@ def is_plain_dense(cell: nn.Cell) -> bool:
 def share_dense(dense: nn.Dense, layer: nn.Dense) -> None:
     """Make `layer`, which is still empty, hold the parameters and operators of `dense`."""
     nn.Cell.__init__(layer)
+    names = [(parameter, parameter.name) for parameter in dense.get_parameters()]
     for name in _BORROWED:
         setattr(layer, name, getattr(dense, name))
     layer.weight = dense.base_weight if isinstance(dense, ComputeDense) else dense.weight
@@ -30,6 +31,8 @@ def share_dense(dense: nn.Dense, layer: nn.Dense) -> None:
     if dense.has_bias:
         layer.bias_add = dense.bias_add
     layer.fused_product = getattr(dense, "fused_product", None)
+    for parameter, name in names:  # a Cell that is set as an attribute, an activation, has its parameters renamed
+        parameter.name = name
     layer.set_train(dense.training)
 
 

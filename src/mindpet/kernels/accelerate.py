@@ -51,7 +51,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
       no gradient goes to cos and sin;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
-    - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries;
+    - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries; no gradient goes through it;
     - ``"quantised_product"``: as :class:`mindpet.delta.blockwise.QuantisedProduct`, with its `form`.
 
     Args:
@@ -115,10 +115,16 @@ def _has_plain_bias(cell: nn.Cell) -> bool:
 
 def _is_plain_product(cell: Any) -> bool:
     """Whether it is x W^T and not cut. Only in graph mode: PyNative would compute the gradients of frozen weights."""
-    product: Any = vars(cell).get("matmul")
+    product = _original_product(cell)
     if not _compat.in_graph_mode() or type(product) is not ops.MatMul:
         return False
     return product.transpose_b and not product.transpose_a and _compat.strategy_of(product) is None
+
+
+def _original_product(cell: nn.Cell) -> Any:
+    """The operator x W^T, that behind a kernel of an earlier call too."""
+    product = getattr(cell, "matmul", None)
+    return product.original if isinstance(product, cells.FastMatMul) else product
 
 
 def _is_float32(*parameters: Any) -> bool:
@@ -129,13 +135,16 @@ def _accelerate_product(cell: nn.Cell) -> bool:
     """The products of a dense layer."""
     if not isinstance(cell, nn.Dense) or not _is_plain_product(cell) or _compat.forced_dtype(cell) is not None:
         return False
+    changed = False
     plain_bias = cell.has_bias and _compat.strategy_of(cell.bias_add) is None and _is_float32(cell.bias)
-    if isinstance(cell, ComputeDense) and plain_bias:
-        cell.fused_product = cells.FastBiasedProduct()
-    if type(cell) is LoRADense and (plain_bias or not cell.has_bias) and _has_plain_branch(cell):
-        cell.fused_branch = cells.FastLoRA(cell.lora_alpha / cell.lora_rank, cell.out_channels)
-    cell.matmul = cells.FastMatMul(cell.matmul)
-    return True
+    if isinstance(cell, ComputeDense) and plain_bias and cell.fused_product is None:
+        cell.fused_product, changed = cells.FastBiasedProduct(), True
+    whole = plain_bias or not cell.has_bias
+    if type(cell) is LoRADense and whole and cell.fused_branch is None and _has_plain_branch(cell):
+        cell.fused_branch, changed = cells.FastLoRA(cell.lora_alpha / cell.lora_rank, cell.out_channels), True
+    if not isinstance(cell.matmul, cells.FastMatMul):
+        cell.matmul, changed = cells.FastMatMul(cell.matmul), True
+    return changed
 
 
 def _has_plain_branch(layer: LoRADense) -> bool:

@@ -245,7 +245,7 @@ class FastRotary(Fast, nn.Cell):
 
     def construct(self, x, cos, sin):
         known = self.takes(x) and self.takes(cos) and self.takes(sin)
-        if known and cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3]):
+        if known and sin.shape == cos.shape == (x.shape[0], x.shape[1], 1, x.shape[3]) and x.shape[3] % 2 == 0:
             return self.fast(x, cos, sin)
         return self.original(x, cos, sin)
 

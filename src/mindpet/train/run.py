@@ -1,12 +1,13 @@
 """The main job: tune, evaluate and use a network as a run file says."""
 
 import dataclasses
+import errno
 import os
 import shlex
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from mindpet.graph.inject import count_parameters, inject
 from mindpet.kernels import accelerate
 from mindpet.models.prefix_start import PROJECTED_RATE, start_prefix
 from mindpet.models.pretrained import family_of, open_pretrained
-from mindpet.parallel.group import join, launched
+from mindpet.parallel.group import Group, join, launched
 from mindpet.train.config import RunConfig, RunFileError, as_yaml, differences, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
@@ -34,6 +35,16 @@ from mindpet.train.processes import lock_of
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
 FULL_LEARNING_RATE = 1e-4
+_WRITTEN = (
+    *(f"{name}.json" for name in ("before", "data", "labels", "report")),
+    "run.yaml",
+    "metrics.jsonl",
+    "curve.png",
+    CHECKPOINT,
+)
+_DELTA = ("delta.safetensors", "delta.json")
+_LOCK = ".writer.lock"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
 
 
@@ -172,13 +183,9 @@ def finetune(
     scores = scorer(network, prepared.task, group)
     fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter, group=group)
     group.wait()  # all have looked at the directory
-    with _only_writer(directory) if group.leads else nullcontext():
-        if group.leads:
-            _check_directory(config, directory, resume, overwrite)  # another run may have been there meanwhile
-        try:
-            progress, before, records = _fit(fit, config, prepared, resume, trainable / total)
-        except OSError as error:
-            raise CannotWrite(_cannot_write(directory, error)) from error
+    with ExitStack() as held:
+        _enter(held, config, directory, resume, overwrite, group)
+        progress, before, records = _fit(fit, config, prepared, resume, trainable / total)
         peak = group.gather(np.array([peak_memory_mib()])).max()
         if not group.leads:
             group.wait()
@@ -211,6 +218,24 @@ def finetune(
         return report
 
 
+def _enter(held: ExitStack, config: RunConfig, directory: Path, resume: bool, overwrite: bool, group: Group) -> None:
+    """Let the leading process be the only one that writes into the directory, as long as `held` lasts.
+
+    Raises:
+        RunFileError, CannotResume: another run writes there, or was there meanwhile.
+    """
+    wrong: Exception | None = None
+    try:
+        if group.leads:
+            held.enter_context(_writable(directory))
+            held.enter_context(_only_writer(directory))
+            _check_directory(config, directory, resume, overwrite)
+    except (RunFileError, CannotResume, OSError) as error:
+        wrong = error
+    if group.any(wrong is not None):
+        raise wrong or RunFileError(f"The leading process cannot write into {directory}.")
+
+
 @contextmanager
 def _only_writer(directory: Path) -> Iterator[None]:
     """Nobody else writes into the directory.
@@ -218,24 +243,39 @@ def _only_writer(directory: Path) -> Iterator[None]:
     Raises:
         RunFileError: somebody does.
     """
-    lock = lock_of(directory, ".writer.lock")
+    lock = lock_of(directory, _LOCK)
     if lock is None:
         raise RunFileError(
             f"Another run writes into {directory} at this moment: wait for it, or choose another output.directory."
         )
     try:
-        for place in (directory, directory / "delta"):
-            _files.remove_leftovers(place)
+        second = lock_of(directory, _LOCK)
+        if second is None:  # locks keep others out here
+            _files.remove_leftovers(directory, *_WRITTEN)
+            _files.remove_leftovers(directory / "delta", *_DELTA)
+        else:
+            os.close(second)
         yield
     finally:
         os.close(lock)
 
 
-def _cannot_write(directory: Path, error: OSError) -> str:
-    saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
-    again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
-    hint = f"The last save is intact. Make room, then go on with: {again}" if saved else "Nothing was saved yet."
-    return f"{directory} cannot be written to: {error}.\n{hint}"
+@contextmanager
+def _writable(directory: Path) -> Iterator[None]:
+    """What keeps files from being written is told with what is saved.
+
+    Raises:
+        CannotWrite: the directory takes no more.
+    """
+    try:
+        yield
+    except OSError as error:
+        if not isinstance(error, _files.NotWrittenError) and error.errno not in _FULL:
+            raise
+        saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
+        again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
+        hint = f"The last save is intact. Make room, then go on with: {again}" if saved else "Nothing was saved yet."
+        raise CannotWrite(f"{directory} cannot be written to: {error}.\n{hint}") from error
 
 
 def _fit(
@@ -271,9 +311,9 @@ def _fit(
 
 def _begin_directory(directory: Path, prepared: Prepared) -> None:
     """Nothing of an older run stays; labels, and which rows are held out, are written down."""
-    for name in ("run.yaml", CHECKPOINT, "report.json", "before.json", "metrics.jsonl", "curve.png", "labels.json"):
+    for name in _WRITTEN:
         (directory / name).unlink(missing_ok=True)
-    for name in ("delta.safetensors", "delta.json"):
+    for name in _DELTA:
         (directory / "delta" / name).unlink(missing_ok=True)
     if prepared.labels:
         _files.write_json(directory / "labels.json", prepared.labels)

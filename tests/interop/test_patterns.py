@@ -1,0 +1,44 @@
+"""Which regular expressions of adapters are taken: those that people write, and none that takes for ever."""
+
+import re
+import time
+
+import pytest
+
+from mindpet.interop.patterns import slow_to_match
+
+PATH = "base.encoder.layer.11.attention.self.query_and_more_to_come"
+TAKEN = [
+    r".*\.(q_proj|v_proj)$",
+    r".*(query|value)",
+    r"^(?!.*lm_head).*\.(?:q|k|v|o)_proj$",
+    r"^(?:(?!vision_tower|audio).)*(?:q_proj|v_proj)$",
+    r"(?:.*?(?:vision|image).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:up))",
+    r"(?:a\.\d+\.q|b\.\d+\.q|c\.\d+\.q|d\.\d+\.q|e\.\d+\.q|f\.\d+\.q)",
+    r"model\.layers\.([0-9]|1[0-9])\.self_attn\.[qkvo]_proj",
+    r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
+    "all-linear",
+]
+REFUSED = [
+    r"(\w+\.)*query!",
+    r"(a|aa)*!",
+    r"(.*)*!",
+    r"(?:.{1,20}){1,20}!",
+    r"(?:.|\w){20}(?:.|\w){20}!",
+    r".*.*.*.*.*.*!",
+    r"(?:(?:\w?){9}){9}!",
+]
+
+
+@pytest.mark.parametrize("pattern", TAKEN)
+def test_what_people_write_is_taken_and_fast(pattern):
+    assert slow_to_match(pattern) == ""
+    begun = time.process_time()
+    re.fullmatch(pattern, PATH)
+    assert time.process_time() - begun < 5
+
+
+@pytest.mark.parametrize("pattern", REFUSED)
+def test_what_could_take_for_ever_is_refused(pattern):
+    re.compile(pattern)
+    assert slow_to_match(pattern)
