@@ -445,7 +445,7 @@ def test_the_folder_has_everything(inputs, tmp_path):
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {
         "before.json", CHECKPOINT, "data.json", "curve.png", "delta", "labels.json", "metrics.jsonl", "report.json",
-        "run.yaml",
+        "run.yaml", ".writer.lock",
     }  # fmt: skip
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
     first = read_metrics(tmp_path / "metrics.jsonl")[0]
