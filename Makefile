@@ -102,7 +102,7 @@ docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/mkdocs build --strict
 
 bench: $(COMPARED)  ## time tuning steps beside Hugging Face PEFT, each method, processes, injection: about half an hour
-	$(BIN)/python benchmarks/against_peft.py --json runs/bench/peft.json --picture runs/bench/peft.png
+	$(BIN)/python benchmarks/against_peft.py --rounds 7 --json runs/bench/peft.json --picture runs/bench/peft.png
 	$(BIN)/python benchmarks/methods.py
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/inject.py
@@ -115,7 +115,7 @@ $(COMPARED): $(FETCHED)
 	@$(PIP) -c constraints.txt -e '.[dev,interop]'
 	@touch $@
 
-dist: $(FETCHED)  ## build wheel and source archive, install them into an empty environment, tune there for two steps
+dist: $(FETCHED)  ## build the source archive and from it the wheel, install that into an empty environment and tune there
 	@$(PIP) -c constraints.txt 'build>=1.2,<2'
 	@rm -rf dist $(VENV)/empty
 	$(BIN)/python -m build --outdir dist .

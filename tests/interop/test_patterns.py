@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from mindpet.interop.patterns import slow_to_match
+from mindpet.interop.patterns import is_slow
 
 PATH = "base.encoder.layer.11.attention.self.query_and_more_to_come"
 TAKEN = [
@@ -16,6 +16,9 @@ TAKEN = [
     r"(?:.*?(?:vision|image).*?(?:self_attn|mlp).*?(?:q_proj|k_proj).*?)|(?:\bmodel\.layers\.[\d]{1,}\.(?:mlp)\.(?:up))",
     r"(?:a\.\d+\.q|b\.\d+\.q|c\.\d+\.q|d\.\d+\.q|e\.\d+\.q|f\.\d+\.q)",
     r"model\.layers\.([0-9]|1[0-9])\.self_attn\.[qkvo]_proj",
+    r"(?:[^.]+\.){2}layers\.\d+\.self_attn\.(q|v)_proj",
+    r"encoder\.(?:layer\.|\d+\.){1,2}query",
+    r"transformer\.h\.(?:\d|1\d){1,2}\.attn",
     r".*decoder.*(SelfAttention|EncDecAttention).*(q|v)$",
     "all-linear",
 ]
@@ -26,13 +29,17 @@ REFUSED = [
     r"(?:.{1,20}){1,20}!",
     r"(?:.|\w){20}(?:.|\w){20}!",
     r".*.*.*.*.*.*!",
+    ".?" * 40 + r"\d\d",
+    r"[a-z.]?" * 30 + "[0-9]{3}",
+    ".{0,20}" * 10 + r"\d\d",
+    "(?:.|..)" * 30 + r"\d\d",
     r"(?:(?:\w?){9}){9}!",
 ]
 
 
 @pytest.mark.parametrize("pattern", TAKEN)
 def test_what_people_write_is_taken_and_fast(pattern):
-    assert slow_to_match(pattern) == ""
+    assert not is_slow(pattern)
     begun = time.process_time()
     re.fullmatch(pattern, PATH)
     assert time.process_time() - begun < 5
@@ -41,4 +48,4 @@ def test_what_people_write_is_taken_and_fast(pattern):
 @pytest.mark.parametrize("pattern", REFUSED)
 def test_what_could_take_for_ever_is_refused(pattern):
     re.compile(pattern)
-    assert slow_to_match(pattern)
+    assert is_slow(pattern)

@@ -1,9 +1,10 @@
-r"""Regular expressions that come in files: Python's engine takes exponential time for some, so those are refused.
+r"""Regular expressions that come in files: Python's engine takes exponential time for some.
 
->>> slow_to_match(r".*\.(query|value)$"), slow_to_match(r"(\w+\.)*query")
-('', 'a repeat within a repeat')
+>>> is_slow(r".*\.(query|value)$"), is_slow(r"(\w+\.)*query")
+(False, True)
 """
 
+import math
 import sys
 from typing import Any
 
@@ -14,45 +15,41 @@ else:
     import sre_constants as constants
     import sre_parse as parser
 
-MOST = 5  # repeats one after the other: of n letters, they are tried in up to n**5 ways
-_FEW = 20  # times that something may be repeated, all repeats around it included, without being tried in many ways
+MOST = 8.1  # of the ways in which a path is tried at most, the decimal logarithm: four `.*` and a few choices
+_LETTERS = 60  # of a long path
 _ATOMIC = {getattr(constants, name, None) for name in ("ATOMIC_GROUP", "POSSESSIVE_REPEAT")}  # from Python 3.11 on
 
 
-def slow_to_match(pattern: str) -> str:
-    """Why a regular expression could take very long, or nothing. It must be one."""
-    repeats, reason = _cost(parser.parse(pattern), 1)
-    return reason or (f"{repeats} repeats, more than {MOST}" if repeats > MOST else "")
+def is_slow(pattern: str) -> bool:
+    """Whether a regular expression, which it must be, could try a path in far too many ways."""
+    return _ways(parser.parse(pattern)) > MOST
 
 
-def _cost(part: Any, times: int) -> tuple[int, str]:
-    """How many repeats stand one after the other, and the first thing in it that takes exponential time.
+def _ways(part: Any) -> float:
+    """The logarithm of the number of ways in which a parsed expression can be tried, at most.
 
-    Args:
-        part: a parsed expression.
-        times: how often it may be repeated as a whole.
+    What stands one after the other multiplies, alternatives add up, and a repeat has a way for each length it can have,
+    each time in all the ways of what it repeats.
     """
-    total, reason = 0, ""
+    total = 0.0
     for operator, argument in part.data:
-        inner: list[tuple[int, str]] = []
         if operator in (constants.MAX_REPEAT, constants.MIN_REPEAT):
-            _, most, repeated = argument
-            repeats, why = _cost(repeated, times * int(most))
-            if times > 1 and most > 1 and times * most > _FEW:
-                why = why or "a repeat within a repeat"
-            inner = [(repeats + (most > _FEW), why)]
+            least, most, repeated = int(argument[0]), min(int(argument[1]), _LETTERS), argument[2]
+            total += max(most, 1) * _ways(repeated) + math.log10(max(most - least, 0) + 1)
         elif operator is constants.BRANCH:
-            inner = [_cost(one, times) for one in argument[1]]
-            if times > 1:
-                inner.append((0, "a choice within a repeat"))
+            each = [_ways(one) for one in argument[1]]
+            total += max(each) + math.log10(sum(10.0 ** (ways - max(each)) for ways in each))
         elif operator is constants.SUBPATTERN:
-            inner = [_cost(argument[-1], times)]
+            total += _ways(argument[-1])
         elif operator in (constants.ASSERT, constants.ASSERT_NOT):
-            inner = [_cost(argument[1], 1)]  # what it has found is not tried in another way
+            total += _once(_ways(argument[1]))
         elif operator in _ATOMIC:
-            inner = [_cost(argument if isinstance(argument, parser.SubPattern) else argument[-1], 1)]
+            total += _once(_ways(argument if isinstance(argument, parser.SubPattern) else argument[-1]))
         elif operator is constants.GROUPREF_EXISTS:
-            inner = [_cost(one, times) for one in argument[1:] if one is not None]
-        total += max((repeats for repeats, _ in inner), default=0)
-        reason = reason or next((why for _, why in inner if why), "")
-    return total, reason
+            total += max(_ways(one) for one in argument[1:] if one is not None)
+    return total
+
+
+def _once(ways: float) -> float:
+    """Of what is not tried in another way when it has matched: nothing, unless it is slow by itself."""
+    return ways if ways > MOST else 0.0

@@ -10,7 +10,7 @@ from typing import Any
 
 from mindpet import _checks
 from mindpet.delta.registry import METHODS
-from mindpet.interop.patterns import slow_to_match
+from mindpet.interop.patterns import is_slow
 
 _log = logging.getLogger("mindpet")
 
@@ -142,13 +142,20 @@ def _pattern_problems(config: Mapping[str, Any], keys: Iterable[str]) -> list[st
     ]:
         try:
             re.compile(pattern)
-            slow = slow_to_match(pattern)
+            slow = given not in _only_checked(config) and is_slow(pattern)
         except (re.error, OverflowError, RecursionError) as error:
             problems.append(f"{given!r} is not a regular expression: {error}")
             continue
         if slow:
-            problems.append(f"{given!r} is a regular expression that could take very long, for {slow}")
+            problems.append(
+                f"{given!r} is a regular expression that could take very long: write out what it stands for"
+            )
     return problems
+
+
+def _only_checked(config: Mapping[str, Any]) -> list[str]:
+    """The regular expressions that serve to compare the file with: where they could take long, it is not compared."""
+    return [value for key in ("target_modules", "exclude_modules") if isinstance(value := config.get(key), str)]
 
 
 def _layer_pattern(config: Mapping[str, Any]) -> str:
@@ -180,6 +187,9 @@ def named_modules(config: Mapping[str, Any], paths: Iterable[str]) -> set[str] |
     """
     targets = config.get("target_modules")
     if targets is None or targets == "all-linear":
+        return None
+    if any(map(is_slow, _only_checked(config))):
+        _log.warning("target_modules could take very long to match, so it is not compared with the file's modules.")
         return None
     found = {path for path in paths if _names(targets, path) and not _names(config.get("exclude_modules"), path)}
     layers = config.get("layers_to_transform")

@@ -34,7 +34,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     cannot be used (another device, no compiler, ``MINDPET_KERNELS=0``, semi-auto parallel mode) the network is returned
     as it is. Inputs that are not float32, or in graph mode of a shape that is not known when the graph is compiled
     (``set_inputs`` with None), go to MindSpore's operators. The kernels have first derivatives only: set
-    ``MINDPET_KERNELS=0`` for second ones.
+    ``MINDPET_KERNELS=0`` for second ones. Dense layers become Cells of another class: keep no references to them, and
+    set a LoRA layer's `lora_dropout` and `scaling` before.
 
     Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, the product of each ``nn.Dense``, with its bias and a
     LoRA branch without dropout (if graph mode is set now: PyNative would compute gradients of frozen weights), and each
@@ -72,6 +73,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     require_in_place("accelerate", network)
     if _compat.in_parallel_compile_mode() or not build.available():
         return network
+    for path, cell in cells_by_path(network).items():
+        _replacement(path, cell)  # what it refuses is refused before anything changes
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
     dense = {}
     for path, cell in cells_by_path(network).items():
@@ -150,7 +153,8 @@ def _accelerate_product(cell: nn.Cell) -> bool:
 def _has_plain_branch(layer: LoRADense) -> bool:
     """Whether it is the branch of the paper without dropout, and not cut."""
     operators = layer.lora_a_matmul, layer.lora_b_matmul, layer.mul, layer.add
-    return layer.lora_dropout.p == 0 and all(_compat.strategy_of(each) is None for each in operators)
+    plain = type(layer.lora_dropout) is nn.Dropout and layer.lora_dropout.p == 0
+    return plain and all(_compat.strategy_of(each) is None for each in operators)
 
 
 def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:

@@ -47,12 +47,12 @@ class FastGELUTanh(Fast, nn.Cell):
 
     def __init__(self, original: nn.Cell):
         super().__init__()
-        self.fast = operators.TanhGELU()
+        self.fast, self.original = operators.TanhGELU(), original
 
     def construct(self, x):
         if self.takes(x):
             return self.fast(x)
-        return x * ops.sigmoid(1.5957691216 * x * (1.0 + 0.044715 * x * x))  # 2 sqrt(2/pi); tanh is coarse on a CPU
+        return self.original(x)
 
 
 class FastLayerNorm(Fast, nn.LayerNorm):

@@ -117,12 +117,14 @@ int multiply(int64_t rows, int64_t columns, const Left &a, const Pack &pack, con
                         tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, to, columns, start, start_row);
                         continue;
                     }
-                    tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, corner, PANEL, nullptr, 0);
                     const int64_t high = last - row < STRIP ? last - row : STRIP;
                     const int64_t wide = columns - column < PANEL ? columns - column : PANEL;
+                    for (int64_t i = 0; i < STRIP; ++i)  // in the order of a whole tile, so that the sums are the same
+                        for (int64_t j = 0; j < PANEL; ++j)
+                            corner[i * PANEL + j] = start && i < high && j < wide ? start[i * start_row + j] : 0.0f;
+                    tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, corner, PANEL, corner, PANEL);
                     for (int64_t i = 0; i < high; ++i)
-                        for (int64_t j = 0; j < wide; ++j)
-                            to[i * columns + j] = corner[i * PANEL + j] + (start ? start[i * start_row + j] : 0.0f);
+                        std::memcpy(to + i * columns, corner + i * PANEL, wide * sizeof(float));
                 }
             }
         }

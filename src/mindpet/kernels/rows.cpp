@@ -254,7 +254,7 @@ KERNEL layer_norm_backward_gamma(ARGUMENTS) {
 // dy, d(beta)
 KERNEL sum_of_rows(ARGUMENTS) {
     CALL;
-    if (!call.floats(2)) return 1;
+    if (!call.floats(2) || call.size(1) != call.columns(0)) return 1;
     const int64_t columns = call.columns(0);
     const float *dy = call[0];
     return sum_over_rows(call.rows(0), columns, call[1], [=](int64_t row, float *sums) {

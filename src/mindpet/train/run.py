@@ -233,6 +233,8 @@ def _enter(held: ExitStack, config: RunConfig, directory: Path, resume: bool, ov
     except (RunFileError, CannotResume, OSError) as error:
         wrong = error
     if group.any(wrong is not None):
+        if wrong is None:
+            time.sleep(1)  # the word of the leading process comes first
         raise wrong or RunFileError(f"The leading process cannot write into {directory}.")
 
 
@@ -274,7 +276,8 @@ def _writable(directory: Path) -> Iterator[None]:
             raise
         saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
         again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
-        hint = f"The last save is intact. Make room, then go on with: {again}" if saved else "Nothing was saved yet."
+        hint = f"The last save is intact. When there is room, go on with: {again}"
+        hint = hint if saved else "Nothing was saved yet: begin again with --overwrite."
         raise CannotWrite(f"{directory} cannot be written to: {error}.\n{hint}") from error
 
 
@@ -301,10 +304,11 @@ def _fit(
 
     try:
         progress = fit.run(resume)
-    except (Interrupted, Diverged):
+    except BaseException as error:
         with suppress(OSError):
             draw()
-        fit.group.wait()  # the first process has still to draw
+        if isinstance(error, (Interrupted, Diverged)):
+            fit.group.wait()  # the first process has still to draw
         raise
     return progress, before, draw()
 
