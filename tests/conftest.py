@@ -54,6 +54,13 @@ def mode(request):
 
 
 @pytest.fixture
+def back_to_pynative():
+    """For what sets the mode by itself, as a run does."""
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
 def rng():
     return np.random.default_rng(7)
 

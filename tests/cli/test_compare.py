@@ -340,6 +340,10 @@ def test_a_summary_of_a_known_network_a_model_and_a_run_file(tmp_path):
     (made.folder / "run.yaml").write_text(yaml.safe_dump(compared))
     output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", "lora"]).output
     assert f" {2 * 2 * 4 * (16 + 16) + 16 * 2 + 2} " in output
+    both = {**compared, "method": {"name": "LoRA", "rank": 8, "targets": ["*.query"]}}  # one goes over the other
+    (made.folder / "run.yaml").write_text(yaml.safe_dump(both))
+    output = CliRunner().invoke(app, ["summary", str(made.folder / "run.yaml"), "--method", "lora"]).output
+    assert f" {2 * 1 * 4 * (16 + 16) + 16 * 2 + 2} " in output
 
 
 def test_a_table_in_a_file_is_not_cut_off():

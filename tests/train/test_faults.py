@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -19,13 +18,8 @@ from mindpet.train.processes import lock_of
 from tests.tiny import overrides, sentences, write_model, write_rows
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("back_to_pynative")
 CHANGING = {"seconds", "samples_per_second", "tokens_per_second"}
-
-
-@pytest.fixture(autouse=True)
-def back_to_pynative():
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ import sys
 import time
 from pathlib import Path
 
-import mindspore as ms
 import numpy as np
 import pytest
 import yaml
@@ -53,12 +52,6 @@ def settings(inputs, output, *more):
 
 def losses(directory):
     return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
-
-
-@pytest.fixture
-def back_to_pynative():
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
 @pytest.mark.exhaustive_in_graph("lora-graph-4")

@@ -37,12 +37,6 @@ def story(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def back_to_pynative():
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 def settings(model, train, output, *more):
     return load_run(
         None,

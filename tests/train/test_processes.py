@@ -57,12 +57,6 @@ def inputs(tmp_path_factory):
     return write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(62))
 
 
-@pytest.fixture
-def back_to_pynative():
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 def tuned(directory):
     """The trained tensors of the last save."""
     return {key: value for key, value in load_file(directory / CHECKPOINT).items() if key.startswith("network/")}

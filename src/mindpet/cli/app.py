@@ -360,17 +360,18 @@ def summary(
     with _readable_errors():
         from mindpet.cli.arithmetic import print_summary
         from mindpet.train.config import load_run
+        from mindpet.train.counters import method_key
         from mindpet.train.summary_table import sizes_of, summary_table
 
-        options = {}
+        options: dict[str, dict[str, Any]] = {}
         if source is not None and source.endswith((".yaml", ".yml")):
             config = load_run(Path(source))
             source, optimizer = config.model.path, optimizer or config.train.optimizer
-            options = {config.method.name: dict(config.method.options)}
+            options = {method_key(config.method.name): dict(config.method.options)}
             for name, settings in config.compare.settings.items():  # those of a comparison go over the method's own
                 for key, value in settings.items():
                     if key.startswith("method."):
-                        options.setdefault(name, {})[key.removeprefix("method.")] = value
+                        options.setdefault(method_key(name), {})[key.removeprefix("method.")] = value
         title, content = sizes_of(source, preset)
         network = preset if preset is not None else content
         rows = summary_table(network, method or [], options, optimizer=optimizer or "adam", dtype=dtype, labels=labels)

@@ -73,16 +73,19 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     require_in_place("accelerate", network)
     if _compat.in_parallel_compile_mode() or not build.available():
         return network
-    for path, cell in cells_by_path(network).items():
-        _replacement(path, cell)  # what it refuses is refused before anything changes
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
+
+    def fast(cell: nn.Cell, make: Callable[[Any], nn.Cell]) -> nn.Cell:
+        if id(cell) not in made:
+            made[id(cell)] = make(cell)
+            _compat.copy_recompute(cell, made[id(cell)])
+        return made[id(cell)]
+
     dense = {}
     for path, cell in cells_by_path(network).items():
+        _replacement(path, cell)  # what it refuses is refused before anything changes
         if _has_plain_bias(cell):
-            if id(cell) not in made:
-                made[id(cell)] = cells.FastDense(cell)
-                _compat.copy_recompute(cell, made[id(cell)])
-            dense[path] = made[id(cell)]
+            dense[path] = fast(cell, cells.FastDense)
     if dense:
         replace_cells(network, dense)
     replacements = {}
@@ -96,10 +99,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
         make = _replacement(path, cell)
         if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
             continue
-        if id(cell) not in made:
-            made[id(cell)] = make(cell)
-            _compat.copy_recompute(cell, made[id(cell)])
-        replacements[path] = made[id(cell)]
+        replacements[path] = fast(cell, make)
         done = (*done, f"{path}.")
     products = [_accelerate_product(cell) for cell in (network, *paths.values())]
     if replacements:
@@ -111,9 +111,9 @@ def accelerate(network: nn.Cell) -> nn.Cell:
 
 def _has_plain_bias(cell: nn.Cell) -> bool:
     """Whether it is a dense layer of MindSpore's own whose product and bias a kernel can compute at once."""
-    if type(cell) is not nn.Dense or not cell.has_bias or _compat.has_hooks(cell):
+    if type(cell) is not nn.Dense or not _adds_plain_bias(cell) or _compat.has_hooks(cell):
         return False
-    return _is_plain_product(cell) and _compat.forced_dtype(cell) is None and _is_float32(cell.weight, cell.bias)
+    return _is_plain_product(cell) and _compat.forced_dtype(cell) is None and cell.weight.dtype == mstype.float32
 
 
 def _is_plain_product(cell: Any) -> bool:
@@ -130,8 +130,9 @@ def _original_product(cell: nn.Cell) -> Any:
     return product.original if isinstance(product, cells.FastMatMul) else product
 
 
-def _is_float32(*parameters: Any) -> bool:
-    return all(parameter.dtype == mstype.float32 for parameter in parameters)
+def _adds_plain_bias(cell: Any) -> bool:
+    """Whether there is a bias, in float32, and its sum is not cut."""
+    return cell.has_bias and cell.bias.dtype == mstype.float32 and _compat.strategy_of(cell.bias_add) is None
 
 
 def _accelerate_product(cell: nn.Cell) -> bool:
@@ -139,7 +140,7 @@ def _accelerate_product(cell: nn.Cell) -> bool:
     if not isinstance(cell, nn.Dense) or not _is_plain_product(cell) or _compat.forced_dtype(cell) is not None:
         return False
     changed = False
-    plain_bias = cell.has_bias and _compat.strategy_of(cell.bias_add) is None and _is_float32(cell.bias)
+    plain_bias = _adds_plain_bias(cell)
     if isinstance(cell, ComputeDense) and plain_bias and cell.fused_product is None:
         cell.fused_product, changed = cells.FastBiasedProduct(), True
     whole = plain_bias or not cell.has_bias

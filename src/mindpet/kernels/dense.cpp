@@ -15,12 +15,15 @@ struct Sizes {
     }
 };
 
+// C (rows, columns) = bias + A B for matrices in memory.
+int multiply(int64_t rows, int64_t columns, const Left &a, const Matrix &b, const float *bias, float *c) {
+    const auto pack = [&](int64_t first, float *panel) { pack_panel(b, a.depth, columns, first, panel); };
+    return multiply(rows, columns, a, pack, bias, c);
+}
+
 // x W^T + bias
 int product(const Sizes &size, const float *x, const float *weight, const float *bias, float *y) {
-    const auto pack = [&](int64_t first, float *panel) {
-        pack_panel(Matrix{weight, 1, size.in}, size.in, size.out, first, panel);
-    };
-    return multiply(size.rows, size.out, Left{{x, size.in, 1}, size.in}, pack, bias, y);
+    return multiply(size.rows, size.out, Left{{x, size.in, 1}, size.in}, Matrix{weight, 1, size.in}, bias, y);
 }
 
 }  // namespace
@@ -49,8 +52,7 @@ KERNEL dense_backward(ARGUMENTS) {
     if (!call.floats(3) || ndims[0] != 2 || ndims[1] != 2 || shapes[0][1] != shapes[1][0]) return 1;
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
     if (call.size(2) != rows * in) return 1;
-    const auto pack = [&](int64_t first, float *panel) { pack_panel(Matrix{call[1], in, 1}, out, in, first, panel); };
-    return multiply(rows, in, Left{{call[0], out, 1}, out}, pack, nullptr, call[2]);
+    return multiply(rows, in, Left{{call[0], out, 1}, out}, Matrix{call[1], in, 1}, nullptr, call[2]);
 }
 
 // dy (rows, out), x (rows, in), dy^T x
@@ -59,8 +61,7 @@ KERNEL dense_backward_weight(ARGUMENTS) {
     if (!call.floats(3) || ndims[0] != 2 || ndims[1] != 2 || shapes[0][0] != shapes[1][0]) return 1;
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1];
     if (call.size(2) != out * in) return 1;
-    const auto pack = [&](int64_t first, float *panel) { pack_panel(Matrix{call[1], in, 1}, rows, in, first, panel); };
-    return multiply(out, in, Left{{call[0], 1, out}, rows}, pack, nullptr, call[2]);
+    return multiply(out, in, Left{{call[0], 1, out}, rows}, Matrix{call[1], in, 1}, nullptr, call[2]);
 }
 
 // ---- x (rows, in), W (out, in), b (out,), h (rows, rank), B (out, rank), s (1,): x W^T + b + s h B^T

@@ -276,8 +276,8 @@ def _writable(directory: Path) -> Iterator[None]:
             raise
         saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
         again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
-        hint = f"The last save is intact. When there is room, go on with: {again}"
-        hint = hint if saved else "Nothing was saved yet: begin again with --overwrite."
+        intact = f"The last save is intact. When there is room, go on with: {again}"
+        hint = intact if saved else "Nothing was saved yet: begin again with --overwrite."
         raise CannotWrite(f"{directory} cannot be written to: {error}.\n{hint}") from error
 
 
