@@ -151,6 +151,21 @@ def has_hooks(cell: nn.Cell) -> bool:
     return any(getattr(cell, name, None) for name in names)
 
 
+def set_reuse_key(cell: nn.Cell, key: str | None) -> None:
+    """Have a graph that is compiled from now on take this Cell for another one with the same key; None for itself."""
+    if key is None:
+        for name in ("_cell_init_args", "no_inline"):
+            vars(cell).pop(name, None)
+        return
+    cell.no_inline = False
+    cell.cell_init_args = f"lazy_inline_{key}"
+
+
+def has_reuse_key(cell: nn.Cell) -> bool:
+    """Whether somebody has given this Cell such a key already, as ``ms.lazy_inline`` does."""
+    return hasattr(cell, "_cell_init_args")
+
+
 def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:
     """Let `target` be recomputed in the backward pass if `source` is."""
     target._scope = source._scope

@@ -12,6 +12,7 @@ from mindpet import AdapterConfig, BitFitConfig, LoRAConfig
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build
 from mindpet.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from mindpet.models.causal import TiedHead
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
 
@@ -195,6 +196,51 @@ def test_a_second_call_joins_the_branch_that_came_since_the_first(rng):
         ms.set_context(mode=ms.PYNATIVE_MODE)
 
 
+def test_what_runs_under_jit_in_pynative_mode_gets_the_products_too(rng):
+    """Loss, and gradients of the input and of A and B, under ms.jit and as each operator by itself."""
+    found = []
+    for compiled in (False, True):
+        ms.set_seed(1)
+        network = randomise_deltas(mindpet.inject(Wide(), LoRAConfig(rank=4, targets=["up", "down"])))
+        loss = mindpet.accelerate(SquareSum(network), compiled=compiled)
+        assert any(path.endswith(".matmul") for path in cells_by_path(network)) == compiled
+        gradient = ops.value_and_grad(loss, 0, ms.ParameterTuple(network.trainable_params()))
+        x = Tensor(np.random.default_rng(5).standard_normal((5, 10, 160)), ms.float32)
+        call = ms.jit(gradient) if compiled else gradient
+        value, (for_x, for_weights) = call(x)
+        found.append((value, for_x, *for_weights))
+    for theirs, ours in zip(*found, strict=True):
+        scale = np.abs(theirs.asnumpy()).max()
+        np.testing.assert_allclose(ours.asnumpy() / scale, theirs.asnumpy() / scale, atol=2e-6)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_a_head_that_shares_the_table_is_a_product(mode, trains, rng):
+    """Logits and the gradients of rows and table, where there is enough to multiply."""
+    rows = Tensor(rng.standard_normal((60, 64)), ms.float32)
+    probe = Tensor(rng.standard_normal((60, 400)), ms.float32)
+    table = Parameter(Tensor(rng.standard_normal((400, 64)), ms.float32), name="table", requires_grad=trains)
+
+    class Head(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.head, self.table = TiedHead(), table
+
+        def construct(self, rows):
+            return (self.head(rows, self.table) * probe).sum()
+
+    fast = mindpet.accelerate(Head())
+    assert (type(fast.head).__name__ == "FastMatMul") == (mode == "graph")
+    weights = ms.ParameterTuple([table]) if trains else None
+    value, gradients = ops.value_and_grad(fast, 0, weights)(rows)
+    expected = (rows.asnumpy().astype(np.float64) @ table.asnumpy().T.astype(np.float64) * probe.asnumpy()).sum()
+    np.testing.assert_allclose(value.asnumpy(), expected, rtol=1e-4)
+    for_rows, for_table = (gradients[0], gradients[1][0]) if trains else (gradients, None)
+    np.testing.assert_allclose(for_rows.asnumpy(), probe.asnumpy() @ table.asnumpy(), rtol=1e-4, atol=1e-4)
+    if trains:
+        np.testing.assert_allclose(for_table.asnumpy(), probe.asnumpy().T @ rows.asnumpy(), rtol=1e-4, atol=1e-4)
+
+
 def test_a_compiled_network_can_be_accelerated(mode):
     network = lora(tiny_bert())
     before = logits_and_gradients(network)
@@ -288,7 +334,7 @@ def test_gpt2_and_its_gelu(mode):
 
     ids = Tensor([[1, 2, 3, 4, 5]], ms.int32)
     fast = mindpet.accelerate(make())
-    assert len(fast_cells(fast)) == 5  # three norms, a softmax and a GELU
+    assert len(fast_cells(fast)) == 5 + (mode == "graph")  # three norms, a softmax and a GELU; the product of the head
     np.testing.assert_allclose(
         fast(ids, ops.ones_like(ids)).asnumpy(), make()(ids, ops.ones_like(ids)).asnumpy(), atol=1e-5
     )

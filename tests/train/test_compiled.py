@@ -12,7 +12,7 @@ from mindspore import Tensor, nn, ops
 
 from mindpet import LoRAConfig, PTuning2Config, inject
 from mindpet.models import start_prefix
-from mindpet.train import compiled
+from mindpet.train import compiled, facts
 from mindpet.train.fit import read_metrics
 from tests.models.causal import build
 from tests.models.test_prefix import bert
@@ -91,7 +91,7 @@ class Scaled(nn.Cell):
 
 @pytest.fixture(autouse=True)
 def _these_cells_too(monkeypatch):
-    monkeypatch.setattr(compiled, "_TRUSTED", (*compiled._TRUSTED, "tests"))
+    monkeypatch.setattr(facts, "_TRUSTED", (*facts._TRUSTED, "tests"))
 
 
 def of(cell, *shape):
@@ -120,7 +120,7 @@ def test_a_fingerprint_is_that_of_the_graph():
 def test_options_of_a_method_and_attributes_of_operators_are_in_it():
     def adapted(**options):
         ms.set_seed(3)  # operators of dropout number their seeds
-        return inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["0"], **options))
+        return inject(nn.SequentialCell(nn.Dense(4, 4)), LoRAConfig(rank=2, targets=["0"], **options)).set_train()
 
     assert of(adapted()) == of(adapted())
     assert of(adapted()) != of(adapted(alpha=3))
@@ -154,8 +154,8 @@ def test_which_cell_and_which_parameter_is_where_is_in_it():
 
 
 def test_networks_of_other_packages_have_none(monkeypatch):
-    monkeypatch.setattr(compiled, "_TRUSTED", ("mindspore", "mindpet"))
-    with pytest.raises(compiled._NotKnown, match="is a class of tests"):
+    monkeypatch.setattr(facts, "_TRUSTED", ("mindspore", "mindpet"))
+    with pytest.raises(facts.NotKnown, match="is a class of tests"):
         of(Scaled(2.0))
 
 
@@ -166,7 +166,7 @@ def test_what_cannot_be_told_apart_is_compiled_anew(tmp_path, monkeypatch):
     cell = Scaled(2.0)
     number = 3
     cell.rule = lambda x: x * number
-    with pytest.raises(compiled._NotKnown, match="holds a"):
+    with pytest.raises(facts.NotKnown, match="holds a"):
         of(cell)
     assert compiled.compile_once(cell, Tensor(np.ones((2, 4), np.float32))) is False
     assert not (tmp_path / "graphs").exists()

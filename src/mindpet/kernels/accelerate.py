@@ -20,13 +20,14 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "rms_norm": cells.FastRMSNorm,
     "rotary": cells.FastRotary,
     "gated_silu": cells.FastGatedSiLU,
+    "product": cells.FastMatMul,
     "cross_entropy": cells.FastCrossEntropy,
     "quantised_product": cells.FastQuantisedProduct,
     "square_sum": cells.FastSquareSum,
 }
 
 
-def accelerate(network: nn.Cell) -> nn.Cell:
+def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
     """Let fast CPU kernels compute what MindSpore's operators are slow at, in place.
 
     Parameters, their names, checkpoints and what trains stay as they are; so do results, up to rounding. It can be
@@ -38,7 +39,7 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     set a LoRA layer's `lora_dropout` and `scaling` before.
 
     Replaced are ``nn.GELU``, ``nn.LayerNorm`` over one last axis, the product of each ``nn.Dense``, with its bias and a
-    LoRA branch without dropout (if graph mode is set now: PyNative would compute gradients of frozen weights), and each
+    LoRA branch without dropout (if it is `compiled`: PyNative would compute gradients of frozen weights), and each
     Cell whose class says by an attribute ``mindpet_kernel`` what it computes. A subclass does not inherit it, since it
     may compute something else: it names its kernel again.
 
@@ -51,12 +52,15 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     - ``"rotary"``: ``construct(x, cos, sin)`` is x cos + swap(x) sin, where swap exchanges the halves of the last axis;
       no gradient goes to cos and sin;
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
+    - ``"product"``: ``construct(x, weight)`` is x weight^T by an operator `matmul`; taken if it is `compiled`;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
     - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries; no gradient goes through it;
     - ``"quantised_product"``: as :class:`mindpet.delta.blockwise.QuantisedProduct`, with its `form`.
 
     Args:
         network: any Cell, a loss around a network too.
+        compiled: whether it will run in a graph: in graph mode, or in PyNative mode within ``ms.jit``. None for what
+            the mode is now.
 
     Returns:
         The same network.
@@ -71,6 +75,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
     ['0.weight', '0.bias', '1.gamma', '1.beta']
     """
     require_in_place("accelerate", network)
+    if compiled is None:
+        compiled = _compat.in_graph_mode()
     if _compat.in_parallel_compile_mode() or not build.available():
         return network
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
@@ -83,8 +89,8 @@ def accelerate(network: nn.Cell) -> nn.Cell:
 
     dense = {}
     for path, cell in cells_by_path(network).items():
-        _replacement(path, cell)  # what it refuses is refused before anything changes
-        if _has_plain_bias(cell):
+        _replacement(path, cell, compiled)  # what it refuses is refused before anything changes
+        if compiled and _has_plain_bias(cell):
             dense[path] = fast(cell, cells.FastDense)
     if dense:
         replace_cells(network, dense)
@@ -96,12 +102,12 @@ def accelerate(network: nn.Cell) -> nn.Cell:
             continue
         if isinstance(cell, cells.Fast):
             done = (*done, f"{path}.")
-        make = _replacement(path, cell)
+        make = _replacement(path, cell, compiled)
         if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
             continue
         replacements[path] = fast(cell, make)
         done = (*done, f"{path}.")
-    products = [_accelerate_product(cell) for cell in (network, *paths.values())]
+    products = [_accelerate_product(cell) for cell in (network, *paths.values()) if compiled]
     if replacements:
         replace_cells(network, replacements)
     elif any(products):
@@ -117,9 +123,9 @@ def _has_plain_bias(cell: nn.Cell) -> bool:
 
 
 def _is_plain_product(cell: Any) -> bool:
-    """Whether it is x W^T and not cut. Only in graph mode: PyNative would compute the gradients of frozen weights."""
+    """Whether it is x W^T and not cut."""
     product = _original_product(cell)
-    if not _compat.in_graph_mode() or type(product) is not ops.MatMul:
+    if type(product) is not ops.MatMul:
         return False
     return product.transpose_b and not product.transpose_a and _compat.strategy_of(product) is None
 
@@ -158,7 +164,7 @@ def _has_plain_branch(layer: LoRADense) -> bool:
     return plain and all(_compat.strategy_of(each) is None for each in operators)
 
 
-def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:
+def _replacement(path: str, cell: nn.Cell, compiled: bool) -> Callable[[Any], nn.Cell] | None:
     """What makes the fast Cell for this one."""
     if type(cell) is nn.GELU:
         return cells.FastGELU
@@ -171,6 +177,8 @@ def _replacement(path: str, cell: nn.Cell) -> Callable[[Any], nn.Cell] | None:
             f"but is {_checks.shown(name)}{_checks.near(name, _BY_NAME)}."
         )
     if name == "attention" and not cells.is_plain_attention(cell):
+        return None
+    if name == "product" and not (compiled and _is_plain_product(cell)):
         return None
     return _BY_NAME[name] if name else None
 

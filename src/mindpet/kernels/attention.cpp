@@ -6,6 +6,7 @@
 namespace {
 
 constexpr int64_t TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
+constexpr int64_t TILE_WIDE = 2, COLUMNS = TILE_WIDE * LANES;
 constexpr int64_t FEW_ROWS = 4;  // of a smaller tile, for the rows that are left over
 constexpr int64_t QUERIES = 96;  // in a block
 
@@ -15,14 +16,14 @@ void tiles(int64_t &i, int64_t rows, int64_t depth, const float *a, int64_t row,
            int64_t b_row, float *c, int64_t c_row, bool add) {
     for (; i + ROWS <= rows; i += ROWS) {
         float *to = c + i * c_row;
-        tile<ROWS>(depth, a + i * row, row, column, b, b_row, to, c_row, add ? to : nullptr, c_row);
+        tile<ROWS, TILE_WIDE>(depth, a + i * row, row, column, b, b_row, to, c_row, add ? to : nullptr, c_row);
     }
 }
 
-// C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is a multiple of TILE_COLUMNS.
+// C (rows, columns) = or += A (rows, depth) B (depth, columns); `columns` is a multiple of COLUMNS.
 void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int64_t row, int64_t column, const float *b,
               int64_t b_row, float *c, int64_t c_row, bool add) {
-    for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+    for (int64_t j = 0; j < columns; j += COLUMNS) {
         int64_t i = 0;
         tiles<TILE_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
         tiles<FEW_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
@@ -30,7 +31,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int6
     }
 }
 
-inline int64_t padded(int64_t size) { return (size + TILE_COLUMNS - 1) / TILE_COLUMNS * TILE_COLUMNS; }
+inline int64_t padded(int64_t size) { return (size + COLUMNS - 1) / COLUMNS * COLUMNS; }
 
 // y (rows, padded columns), zeros on the right.
 void pack(const float *x, int64_t x_row, int64_t rows, int64_t columns, float *y) {

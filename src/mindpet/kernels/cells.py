@@ -46,7 +46,7 @@ class FastGELUTanh(Fast, nn.Cell):
     """GELU in its tanh form: `construct` takes (x)."""
 
     def __init__(self, original: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.fast, self.original = operators.TanhGELU(), original
 
     def construct(self, x):
@@ -109,7 +109,7 @@ class FastMatMul(_FastProduct):
     transpose_a, transpose_b = False, True
 
     def __init__(self, original: ops.MatMul):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.fast, self.original = operators.Product(), original
 
     def construct(self, x, weight):
@@ -165,7 +165,7 @@ class FastQuantisedProduct(Fast, nn.Cell):
     """x W^T of a weight that is kept as codes: `construct` takes (x, codes, absmax, scales, offset)."""
 
     def __init__(self, original: Any):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.fast, self.original = operators.QuantisedProduct(original.form), original
 
     def construct(self, x, codes, absmax, scales, offset):
@@ -187,7 +187,7 @@ class FastAttention(Fast, nn.Cell):
     """Attention of every head, where dropout is off or can be resumed; see DotProductAttention in mindpet.models."""
 
     def __init__(self, original: Any):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.original = original
         original.softmax = FastMaskedSoftmax(original.softmax)
         plain = isinstance(original.dropout, nn.Dropout)
@@ -240,7 +240,7 @@ class FastRotary(Fast, nn.Cell):
     """x cos + swap(x) sin: `construct` takes (x, cos, sin), all of four axes."""
 
     def __init__(self, original: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.fast, self.original = operators.Rotary(), original
 
     def construct(self, x, cos, sin):
@@ -281,7 +281,7 @@ class FastSquareSum(Fast, nn.Cell):
     """The sum of the squares of all entries: `construct` takes (x)."""
 
     def __init__(self, original: nn.Cell):
-        super().__init__()
+        super().__init__(auto_prefix=False)
         self.fast, self.original = operators.SquareSum(), original
 
     def construct(self, x):

@@ -131,31 +131,27 @@ inline Lanes load(const float *from) {
 
 inline void store(float *to, Lanes lanes) { std::memcpy(to, &lanes, sizeof lanes); }
 
-constexpr int64_t TILE_COLUMNS = 2 * LANES;
-
-// C (ROWS, TILE_COLUMNS) = start + A (ROWS, depth) B (depth, TILE_COLUMNS); entry (i, k) of A is a[i row + k column].
+// C (ROWS, WIDE LANES) = start + A (ROWS, depth) B (depth, WIDE LANES); entry (i, k) of A is a[i row + k column].
 // `start` is null for zeros, C itself to add to it, or one row for all where `start_row` is 0.
-template <int64_t ROWS>
+template <int64_t ROWS, int64_t WIDE>
 inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
                  int64_t c_row, const float *start, int64_t start_row) {
-    Lanes left[ROWS], right[ROWS];
-    for (int64_t i = 0; i < ROWS; ++i) {
-        left[i] = start ? load(start + i * start_row) : Lanes{};
-        right[i] = start ? load(start + i * start_row + LANES) : Lanes{};
-    }
+    Lanes sums[ROWS][WIDE];
+    for (int64_t i = 0; i < ROWS; ++i)
+        for (int64_t j = 0; j < WIDE; ++j) sums[i][j] = start ? load(start + i * start_row + j * LANES) : Lanes{};
     for (int64_t k = 0; k < depth; ++k) {
-        const Lanes b_left = load(b + k * b_row), b_right = load(b + k * b_row + LANES);
+        Lanes b_k[WIDE];
+#pragma GCC unroll 4
+        for (int64_t j = 0; j < WIDE; ++j) b_k[j] = load(b + k * b_row + j * LANES);
 #pragma GCC unroll 16
         for (int64_t i = 0; i < ROWS; ++i) {
             const float factor = a[i * row + k * column];
-            left[i] += factor * b_left;
-            right[i] += factor * b_right;
+#pragma GCC unroll 4
+            for (int64_t j = 0; j < WIDE; ++j) sums[i][j] += factor * b_k[j];
         }
     }
-    for (int64_t i = 0; i < ROWS; ++i) {
-        store(c + i * c_row, left[i]);
-        store(c + i * c_row + LANES, right[i]);
-    }
+    for (int64_t i = 0; i < ROWS; ++i)
+        for (int64_t j = 0; j < WIDE; ++j) store(c + i * c_row + j * LANES, sums[i][j]);
 }
 
 // Memory of one thread, kept for its next call; aligned to a cache line.

@@ -17,8 +17,21 @@ struct Sizes {
 
 // C (rows, columns) = bias + A B for matrices in memory.
 int multiply(int64_t rows, int64_t columns, const Left &a, const Matrix &b, const float *bias, float *c) {
-    const auto pack = [&](int64_t first, float *panel) { pack_panel(b, a.depth, columns, first, panel); };
+    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
+        pack_panel(b.from(from, 0), deep, columns, first, panel);
+    };
     return multiply(rows, columns, a, pack, bias, c);
+}
+
+// C (rows, columns) = bias + A B + A2 (factor B2) for matrices in memory.
+int multiply(int64_t rows, int64_t columns, const Left &left, const Matrix &b, const Matrix &b2, float factor,
+             const float *bias, float *c) {
+    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
+        const int64_t own = left.own(from, deep);
+        pack_panel(b.from(from, 0), own, columns, first, panel);
+        pack_panel(b2.from(from + own - left.depth, 0), deep - own, columns, first, panel + own * PANEL, factor);
+    };
+    return multiply(rows, columns, left, pack, bias, c);
 }
 
 // x W^T + bias
@@ -71,13 +84,9 @@ KERNEL lora_forward(ARGUMENTS) {
     const Sizes size(call, 0, 1), branch(call, 3, 4);
     if (!size.fit || !branch.fit || branch.rows != size.rows || branch.out != size.out) return 1;
     if (call.size(2) != size.out || call.size(5) != 1 || call.size(6) != size.rows * size.out) return 1;
-    const int64_t rank = branch.in;
-    const auto pack = [&](int64_t first, float *panel) {
-        pack_panel(Matrix{call[1], 1, size.in}, size.in, size.out, first, panel);
-        pack_panel(Matrix{call[4], 1, rank}, rank, size.out, first, panel + size.in * PANEL, call[5][0]);
-    };
-    const Left left{{call[0], size.in, 1}, size.in, {call[3], rank, 1}, rank};
-    return multiply(size.rows, size.out, left, pack, call[2], call[6]);
+    const Left left{{call[0], size.in, 1}, size.in, {call[3], branch.in, 1}, branch.in};
+    const Matrix w{call[1], 1, size.in}, b{call[4], 1, branch.in};
+    return multiply(size.rows, size.out, left, w, b, call[5][0], call[2], call[6]);
 }
 
 // dy (rows, out), W (out, in), dh (rows, rank), A (rank, in): dy W + dh A
@@ -89,9 +98,6 @@ KERNEL lora_backward(ARGUMENTS) {
     const int64_t rows = shapes[0][0], out = shapes[0][1], in = shapes[1][1], rank = shapes[2][1];
     if (shapes[1][0] != out || shapes[2][0] != rows || shapes[3][0] != rank || shapes[3][1] != in) return 1;
     if (call.size(4) != rows * in) return 1;
-    const auto pack = [&](int64_t first, float *panel) {
-        pack_panel(Matrix{call[1], in, 1}, out, in, first, panel);
-        pack_panel(Matrix{call[3], in, 1}, rank, in, first, panel + out * PANEL);
-    };
-    return multiply(rows, in, Left{{call[0], out, 1}, out, {call[2], rank, 1}, rank}, pack, nullptr, call[4]);
+    const Left left{{call[0], out, 1}, out, {call[2], rank, 1}, rank};
+    return multiply(rows, in, left, Matrix{call[1], in, 1}, Matrix{call[3], in, 1}, 1.0f, nullptr, call[4]);
 }

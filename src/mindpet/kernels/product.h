@@ -1,19 +1,28 @@
 // The matrix product C = A B of a dense layer, for a B that is somewhere in memory or made on the way.
 //
-// B is packed into panels of a few columns, A into strips of a few rows, so that the innermost loop reads both in order;
-// the tile of C stays in registers. Goto and van de Geijn 2008, Anatomy of High-Performance Matrix Multiplication, ACM
-// TOMS 34(3), sections 4 and 5. Sums run over the depth in one order, whatever the number of threads.
+// A thread takes some columns of B, packs them into panels that stay in its second level of cache, and goes through the
+// rows of A, a strip at a time; the tile of C that a strip and a panel make stays in registers. Goto and van de Geijn
+// 2008, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), sections 4 and 5; other than there nothing
+// packed is shared, so nobody waits, and rows of A that lie one after the other are read where they are. Sums run over
+// the depth in one order, whatever the number of threads and of rows.
 #pragma once
 
 #include "common.h"
 
 namespace {
 
-constexpr int64_t STRIP = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;  // rows of a tile
-constexpr int64_t PANEL = TILE_COLUMNS;
-constexpr int64_t STRIPS = 96 / STRIP;  // that a thread takes at a time, fewer if there are few
-constexpr int64_t SHARES = 8;           // pieces of a product, at least, where there are as many strips
-constexpr int64_t DEPTH = 832;          // of a block: its strips and one panel stay in the second level of cache
+constexpr int64_t STRIP = LANES == 16 ? 8 : 4;  // rows of a tile
+constexpr int64_t WIDE = 3;                     // registers of a row of a tile
+constexpr int64_t PANEL = WIDE * LANES;
+constexpr int64_t SHARES = 8;  // pieces of a product, at least, where it is large enough
+constexpr int64_t RUN = 8;     // entries of a column of A that are packed at a time: their lines of cache may collide
+
+// What a thread takes at a time, at most: panels of B, strips of A, and how much of their depth.
+struct Block {
+    int64_t panels, strips, depth;
+};
+constexpr Block READ = {4, INT64_MAX, 800};  // A as it is in memory
+constexpr Block PACKED = {12, 48, 400};      // A transposed: it is packed too
 
 // A matrix in memory: entry (i, k) is data[i row + k column].
 struct Matrix {
@@ -23,108 +32,146 @@ struct Matrix {
     Matrix from(int64_t i, int64_t k) const { return {data + i * row + k * column, row, column}; }
 };
 
-// Strip (depth, STRIP) of A (rows, depth), all of whose rows it holds if they are fewer; zeros beyond the last one.
-inline void pack_strip(const Matrix &a, int64_t rows, int64_t depth, float *strip) {
-    const int64_t high = rows < STRIP ? rows : STRIP;
-    if (a.row == 1 && high == STRIP) {
-        for (int64_t k = 0; k < depth; ++k) std::memcpy(strip + k * STRIP, a.data + k * a.column, STRIP * sizeof(float));
-        return;
+// y (LANES, LANES), whose rows are `y_row` apart, is the transpose of x, whose rows are `x_row` apart.
+inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
+#if defined(__GNUC__) && !defined(__clang__)
+    typedef int32_t Places __attribute__((vector_size(LANES * 4)));
+    Places low, high;  // of one entry of each of two registers in turn, from their first halves and from their second ones
+    for (int32_t i = 0; i < LANES; ++i) {
+        low[i] = i / 2 + i % 2 * static_cast<int32_t>(LANES);
+        high[i] = low[i] + static_cast<int32_t>(LANES) / 2;
     }
-    for (int64_t i = 0; i < STRIP; ++i) {
-        const float *from = a.data + i * a.row;
-        for (int64_t k = 0; k < depth; ++k) strip[k * STRIP + i] = i < high ? from[k * a.column] : 0.0f;
+    Lanes now[LANES], next[LANES];
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) now[i] = load(x + i * x_row);
+#pragma GCC unroll 4
+    for (int64_t done = 1; done < LANES; done *= 2) {
+#pragma GCC unroll 8
+        for (int64_t i = 0; i < LANES / 2; ++i) {
+            next[2 * i] = __builtin_shuffle(now[i], now[i + LANES / 2], low);
+            next[2 * i + 1] = __builtin_shuffle(now[i], now[i + LANES / 2], high);
+        }
+#pragma GCC unroll 16
+        for (int64_t i = 0; i < LANES; ++i) now[i] = next[i];
     }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < LANES; ++i) store(y + i * y_row, now[i]);
+#else
+    for (int64_t i = 0; i < LANES; ++i)
+        for (int64_t j = 0; j < LANES; ++j) y[j * y_row + i] = x[i * x_row + j];
+#endif
 }
 
 // Panel (depth, PANEL) of B (depth, columns) times `factor` from its column `first`; zeros beyond the last one.
 inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel, float factor = 1.0f) {
     const int64_t width = columns - first < PANEL ? columns - first : PANEL;
     const float *from = b.data + first * b.column;
-    if (b.column == 1 && factor == 1.0f) {
-        for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-            std::memcpy(panel, from + k * b.row, width * sizeof(float));
-            for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
-        }
-        return;
-    }
-    for (int64_t k = 0; k < depth; ++k, panel += PANEL) {
-        for (int64_t j = 0; j < width; ++j) panel[j] = factor * from[j * b.column + k * b.row];
-        for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
+    int64_t k = 0;
+    if (b.row == 1 && factor == 1.0f && width == PANEL)
+        for (; k + LANES <= depth; k += LANES)
+            for (int64_t j = 0; j < PANEL; j += LANES)
+                transpose(from + j * b.column + k, b.column, panel + k * PANEL + j, PANEL);
+    for (; k < depth; ++k) {
+        float *to = panel + k * PANEL;
+        if (b.column == 1 && factor == 1.0f)
+            std::memcpy(to, from + k * b.row, width * sizeof(float));
+        else
+            for (int64_t j = 0; j < width; ++j) to[j] = factor * from[j * b.column + k * b.row];
+        for (int64_t j = width; j < PANEL; ++j) to[j] = 0.0f;
     }
 }
 
-// The left factor: A (rows, depth), or [A | A2] with A2 (rows, more) beside it.
+// Strips (depth, STRIP) of the rows of A, one after the other. What is beyond the last row is left as it was.
+inline void pack_strips(const Matrix &a, int64_t rows, int64_t depth, float *strips) {
+    for (int64_t begin = 0; begin < depth; begin += RUN)
+        for (int64_t row = 0; row < rows; row += STRIP) {
+            const int64_t high = rows - row < STRIP ? rows - row : STRIP, end = begin + RUN < depth ? begin + RUN : depth;
+            for (int64_t k = begin; k < end; ++k) {
+                const float *from = a.data + row * a.row + k * a.column;
+                float *to = strips + row * depth + k * STRIP;
+                if (a.row == 1 && high == STRIP)
+                    std::memcpy(to, from, STRIP * sizeof(float));
+                else
+                    for (int64_t i = 0; i < high; ++i) to[i] = from[i * a.row];
+            }
+        }
+}
+
+// The left factor: A (rows, depth), or [A | A2] with A2 (rows, more) beside it, where both have rows in one piece.
 struct Left {
     Matrix a;
     int64_t depth;
     Matrix a2 = {};
     int64_t more = 0;
 
-    // The columns from `from` on, `deep` of them, of a strip of rows.
-    void pack(int64_t row, int64_t rows, int64_t from, int64_t deep, float *strip) const {
-        const int64_t first = from < depth ? (depth - from < deep ? depth - from : deep) : 0;  // of A
-        if (first > 0) pack_strip(a.from(row, from), rows, first, strip);
-        if (first < deep) pack_strip(a2.from(row, from + first - depth), rows, deep - first, strip + first * STRIP);
-    }
+    // How many of the `deep` columns from `from` on are A's.
+    int64_t own(int64_t from, int64_t deep) const { return from + deep <= depth ? deep : from < depth ? depth - from : 0; }
 };
 
+// C (high, PANEL) = start + A (high, depth) B; see tile. `high` is from 1 to ROWS.
+template <int64_t ROWS>
+inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b, float *c, int64_t c_row,
+                    const float *start, int64_t start_row) {
+    if constexpr (ROWS > 1)
+        if (high < ROWS) return tile_of<ROWS - 1>(high, depth, a, b, c, c_row, start, start_row);
+    tile<ROWS, WIDE>(depth, a.data, a.row, a.column, b, PANEL, c, c_row, start, start_row);
+}
+
 // C (rows, columns) = bias + A B, for a B (depth, columns) and a contiguous C. Returns 0, or 1 without memory.
-// pack(first, panel) fills a panel (depth, PANEL) with the columns of B from the column `first`, and zeros beyond the
-// last. The bias (columns,) goes to every row; it may be null.
+// pack(first, from, deep, panel) fills a panel (deep, PANEL) with the rows of B from `from` on and its columns from
+// `first` on, and zeros beyond the last. The bias (columns,) goes to every row; it may be null.
 template <class Pack>
-int multiply(int64_t rows, int64_t columns, const Left &a, const Pack &pack, const float *bias, float *c) {
-    const int64_t panels = (columns + PANEL - 1) / PANEL, depth = a.depth + a.more;
-    float *packed = scratch.room(panels * depth * PANEL);
-    if (!packed && panels > 0 && depth > 0) return 1;
-    const int64_t wanted = rows / (STRIP * SHARES), strips_each = wanted < 1 ? 1 : wanted < STRIPS ? wanted : STRIPS;
-    const int64_t chunk = strips_each * STRIP, blocks = depth ? (depth + DEPTH - 1) / DEPTH : 1;
-    const int64_t together = depth * PANEL < CHUNK ? CHUNK / (depth * PANEL + 1) : 1;  // panels that are packed at a time
-    const int64_t packs = (panels + together - 1) / together;
-    std::atomic<int64_t> unpacked{packs};
+int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, const float *bias, float *c) {
+    const bool in_memory = left.a.column == 1;
+    const Block most = in_memory ? READ : PACKED;
+    const int64_t depth = left.depth + left.more, blocks = depth ? (depth + most.depth - 1) / most.depth : 1;
+    const int64_t deepest = depth < most.depth ? depth : most.depth;
+    const int64_t panels = (columns + PANEL - 1) / PANEL, strips = (rows + STRIP - 1) / STRIP;
+    const int64_t fewest = in_memory ? panels / SHARES : most.panels;
+    const int64_t group = fewest < 1 ? 1 : fewest < most.panels ? fewest : most.panels;
+    const int64_t groups = (panels + group - 1) / group, wanted = groups ? (SHARES + groups - 1) / groups : 1;
+    const int64_t least = (strips - 1) / most.strips + 1, parts = wanted > least && strips >= 8 * wanted ? wanted : least;
     std::atomic<bool> failed{false};
-    // Work is taken in order: whoever comes to the rows waits for panels that others are packing at that moment, no more.
-    Pool::instance().run(packs + (rows + chunk - 1) / chunk, [&](int64_t index) {
-        if (index < packs) {
-            const int64_t end = (index + 1) * together < panels ? (index + 1) * together : panels;
-            for (int64_t panel = index * together; panel < end; ++panel)
-                pack(panel * PANEL, packed + panel * depth * PANEL);
-            --unpacked;
-            return;
-        }
-        index -= packs;
-        while (unpacked > 0) std::this_thread::yield();
-        thread_local Scratch own;  // `scratch` may hold the panels
-        float *strips = own.room(chunk * DEPTH + STRIP * PANEL);
-        if (!strips) {
+    Pool::instance().run(groups * parts, [&](int64_t index) {
+        const int64_t first_panel = index % groups * group, part = index / groups;
+        const int64_t last_panel = first_panel + group < panels ? first_panel + group : panels;
+        const int64_t first = strips * part / parts * STRIP, end = strips * (part + 1) / parts * STRIP;
+        const int64_t last = end < rows ? end : rows;
+        float *corner = scratch.room(STRIP * PANEL + deepest * (group * PANEL + (in_memory ? 0 : end - first)));
+        if (!corner) {
             failed = true;
             return;
         }
-        float *corner = strips + chunk * DEPTH;
-        const int64_t first = index * chunk, last = first + chunk < rows ? first + chunk : rows;
+        float *packed = corner + STRIP * PANEL, *packed_strips = packed + deepest * group * PANEL;
         for (int64_t block = 0; block < blocks; ++block) {
             const int64_t from = depth * block / blocks, deep = depth * (block + 1) / blocks - from;
-            for (int64_t row = first; row < last; row += STRIP)
-                a.pack(row, last - row, from, deep, strips + (row - first) * deep);
-            for (int64_t panel = 0; panel < panels; ++panel) {
-                const float *b_panel = packed + (panel * depth + from) * PANEL;
-                const int64_t column = panel * PANEL;
-                for (int64_t row = first; row < last; row += STRIP) {
+            const int64_t own = left.own(from, deep);
+            for (int64_t panel = first_panel; panel < last_panel; ++panel)
+                pack(panel * PANEL, from, deep, packed + (panel - first_panel) * deep * PANEL);
+            if (!in_memory) pack_strips(left.a.from(first, from), last - first, deep, packed_strips);
+            for (int64_t row = first; row < last; row += STRIP) {
+                const int64_t high = last - row < STRIP ? last - row : STRIP;
+                const Matrix strip{packed_strips + (row - first) * deep, 1, STRIP};
+                const Matrix a = in_memory ? left.a.from(row, from) : strip;
+                for (int64_t panel = first_panel; panel < last_panel; ++panel) {
+                    const float *b = packed + (panel - first_panel) * deep * PANEL;
+                    const int64_t column = panel * PANEL, wide = columns - column < PANEL ? columns - column : PANEL;
                     float *to = c + row * columns + column;
-                    const float *strip = strips + (row - first) * deep;
                     const float *start = block ? to : bias ? bias + column : nullptr;
-                    const int64_t start_row = block ? columns : 0;
-                    if (last - row >= STRIP && columns - column >= PANEL) {
-                        tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, to, columns, start, start_row);
-                        continue;
+                    int64_t to_row = columns, start_row = block ? columns : 0;
+                    if (wide < PANEL) {  // a whole tile has no room in C
+                        for (int64_t i = 0; i < high; ++i)
+                            for (int64_t j = 0; j < PANEL; ++j)
+                                corner[i * PANEL + j] = start && j < wide ? start[i * start_row + j] : 0.0f;
+                        start = to = corner, start_row = to_row = PANEL;
                     }
-                    const int64_t high = last - row < STRIP ? last - row : STRIP;
-                    const int64_t wide = columns - column < PANEL ? columns - column : PANEL;
-                    for (int64_t i = 0; i < STRIP; ++i)  // in the order of a whole tile, so that the sums are the same
-                        for (int64_t j = 0; j < PANEL; ++j)
-                            corner[i * PANEL + j] = start && i < high && j < wide ? start[i * start_row + j] : 0.0f;
-                    tile<STRIP>(deep, strip, 1, STRIP, b_panel, PANEL, corner, PANEL, corner, PANEL);
-                    for (int64_t i = 0; i < high; ++i)
-                        std::memcpy(to + i * columns, corner + i * PANEL, wide * sizeof(float));
+                    tile_of<STRIP>(high, own, a, b, to, to_row, start, start_row);
+                    if (own < deep) {
+                        const Matrix a2 = left.a2.from(row, from + own - left.depth);
+                        tile_of<STRIP>(high, deep - own, a2, b + own * PANEL, to, to_row, to, to_row);
+                    }
+                    for (int64_t i = 0; wide < PANEL && i < high; ++i)
+                        std::memcpy(c + (row + i) * columns + column, corner + i * PANEL, wide * sizeof(float));
                 }
             }
         }

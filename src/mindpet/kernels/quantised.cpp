@@ -68,24 +68,21 @@ struct Weight {
         }
     }
 
-    // Panel (in, PANEL) of W^T from its column `first`.
-    void pack_rows(int64_t first, float *panel) const {
+    // Panel (deep, PANEL) of W^T, its rows from `from` and its columns from `first` on.
+    void pack_rows(int64_t first, int64_t from, int64_t deep, float *panel) const {
         float decoded[PANEL][DECODED];
         const int64_t width = out - first < PANEL ? out - first : PANEL;
-        for (int64_t begin = 0; begin < in; begin += DECODED) {
-            const int64_t deep = in - begin < DECODED ? in - begin : DECODED;
-            for (int64_t j = 0; j < width; ++j) read((first + j) * in + begin, deep, decoded[j]);
-            for (int64_t k = 0; k < deep; ++k, panel += PANEL) {
-                for (int64_t j = 0; j < width; ++j) panel[j] = decoded[j][k];
-                for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
-            }
+        for (int64_t begin = from; begin < from + deep; begin += DECODED) {
+            const int64_t part = from + deep - begin < DECODED ? from + deep - begin : DECODED;
+            for (int64_t j = 0; j < width; ++j) read((first + j) * in + begin, part, decoded[j]);
+            pack_panel(Matrix{&decoded[0][0], 1, DECODED}, part, width, 0, panel + (begin - from) * PANEL);
         }
     }
 
-    // Panel (out, PANEL) of W from its column `first`.
-    void pack_columns(int64_t first, float *panel) const {
+    // Panel (deep, PANEL) of W, its rows from `from` and its columns from `first` on.
+    void pack_columns(int64_t first, int64_t from, int64_t deep, float *panel) const {
         const int64_t width = in - first < PANEL ? in - first : PANEL;
-        for (int64_t k = 0; k < out; ++k, panel += PANEL) {
+        for (int64_t k = from; k < from + deep; ++k, panel += PANEL) {
             read(k * in + first, width, panel);
             for (int64_t j = width; j < PANEL; ++j) panel[j] = 0.0f;
         }
@@ -128,7 +125,9 @@ KERNEL quantised_forward(ARGUMENTS) {
     const int64_t rows = shapes[0][0];
     if (!weight.fits || shapes[0][1] != weight.in || call.size(8) != rows * weight.out) return 1;
     if (rows < STRIP) return multiply_few(weight, rows, call[0], call[8]);
-    const auto pack = [&](int64_t first, float *panel) { weight.pack_rows(first, panel); };
+    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
+        weight.pack_rows(first, from, deep, panel);
+    };
     return multiply(rows, weight.out, Left{{call[0], weight.in, 1}, weight.in}, pack, nullptr, call[8]);
 }
 
@@ -139,6 +138,8 @@ KERNEL quantised_backward(ARGUMENTS) {
     const Weight weight(call, 1);
     const int64_t rows = shapes[0][0];
     if (!weight.fits || shapes[0][1] != weight.out || call.size(8) != rows * weight.in) return 1;
-    const auto pack = [&](int64_t first, float *panel) { weight.pack_columns(first, panel); };
+    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
+        weight.pack_columns(first, from, deep, panel);
+    };
     return multiply(rows, weight.in, Left{{call[0], weight.out, 1}, weight.out}, pack, nullptr, call[8]);
 }

@@ -159,6 +159,19 @@ class CausalLanguageModel(nn.Cell):
         return self.logits_of(rows).reshape((batch, seq, -1))
 
 
+class TiedHead(nn.Cell):
+    """Logits by the embedding's table: rows ``(n, hidden)`` and table ``(vocabulary, hidden)`` to rows table^T."""
+
+    mindpet_kernel = "product"  # what mindpet.kernels.accelerate replaces it by
+
+    def __init__(self):
+        super().__init__()
+        self.matmul = ops.MatMul(transpose_b=True)
+
+    def construct(self, rows, table):
+        return self.matmul(rows, table)
+
+
 def segments(attention_mask):
     """Positions in the segments ``(batch, seq)``, and what is hidden (1) from whom, ``(batch, 1, seq, seq)``.
 

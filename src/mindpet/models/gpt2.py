@@ -17,7 +17,7 @@ from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.causal import CausalLanguageModel, TiedHead, embedded, read_config, start_of, table_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -214,7 +214,7 @@ class GPT2LMHeadModel(CausalLanguageModel):
         self.transformer = GPT2Model(config)
         self.tied = config.tie_word_embeddings
         if self.tied:
-            self.head = ops.MatMul(transpose_b=True)
+            self.head = TiedHead()
         else:
             start = start_of(config)
             self.lm_head = nn.Dense(config.n_embd, config.vocab_size, weight_init=start, has_bias=False)

@@ -18,7 +18,7 @@ from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.causal import CausalLanguageModel, TiedHead, embedded, read_config, start_of, table_of, to_add
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -276,7 +276,7 @@ class LlamaForCausalLM(CausalLanguageModel):
         self.model = LlamaModel(config)
         self.tied = config.tie_word_embeddings
         if self.tied:
-            self.head = ops.MatMul(transpose_b=True)
+            self.head = TiedHead()
         else:
             self.lm_head = _dense(config.hidden_size, config.vocab_size, False, config)
 

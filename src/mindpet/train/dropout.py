@@ -36,7 +36,8 @@ class ResumableDropout(nn.Cell):
         super().__init__(auto_prefix=False)
         self.rank, self.part, self.whole = rank, part, whole
         self.words, self.keys = words, keys
-        self.site = site
+        # A parameter, for what differs from layer to layer must not be a constant of the graph: see blocks.py
+        self.site = Parameter(Tensor(site, mstype.int32), name=f"mindpet_dropout_site_{site}", requires_grad=False)
         threshold = int(-(2**31) + p * 2**32)
         self.threshold = Tensor(threshold, mstype.int32)
         self.settings = Tensor([threshold, rank], mstype.int32)  # for the kernel of attention, which drops by itself
@@ -53,11 +54,15 @@ class ResumableDropout(nn.Cell):
         ):
             return self.fast(x, self.words, self.keys_now())
         place = self.rank, self.part, self.whole
-        return x * _kept(self.words, self.keys[self.site], self.threshold, self.scale, x.shape, place).astype(x.dtype)
+        return x * _kept(self.words, self.key_now(), self.threshold, self.scale, x.shape, place).astype(x.dtype)
+
+    def key_now(self):
+        """This step's two keys."""
+        return ops.gather(self.keys, self.site, 0)
 
     def keys_now(self):
         """What the kernels make this step's mask from, beside the words: two keys, the threshold, the rank."""
-        return ops.concat((self.keys[self.site], self.settings))
+        return ops.concat((self.key_now(), self.settings))
 
     def has_words_for(self, rows, columns):
         """Whether a mask of that size has a word for each row, those of the other processes too, and each column."""
@@ -120,6 +125,8 @@ class DropoutKeys:
             if hasattr(cell, "resumable"):  # attention by a kernel, which drops by itself
                 cell.resumable = isinstance(cell.original.dropout, ResumableDropout)
         shared.name, self.keys.name = "mindpet_dropout_words", "mindpet_dropout_keys"
+        for site, dropout in enumerate(replacements.values()):
+            dropout.site.name = f"mindpet_dropout_site_{site}"
 
     def set_step(self, step: int) -> None:
         """Give every dropout the masks of this step."""

@@ -1,0 +1,82 @@
+"""Blocks of a network that differ in nothing but their parameters, compiled as one.
+
+MindSpore differentiates and optimises the graph of each layer by itself: the more layers, the longer and the more
+memory. Blocks with the same key (MindSpore's ``lazy_inline`` with the policy ``"front"``) become one graph first, which
+takes their parameters as inputs and is put in for each of them when it is done. MindSpore believes the key: constants
+of the first block would stand for those of all. So blocks get it here, while they are compiled and not longer, after
+everything in them but their parameters was compared.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mindspore import Parameter, nn
+
+from mindpet import _compat
+from mindpet.train.facts import Facts, NotKnown
+
+
+@contextmanager
+def equal_blocks_as_one(cell: nn.Cell) -> Iterator[None]:
+    """Within the block of code, what is compiled of `cell` takes its equal blocks for one."""
+    marked = []
+    try:
+        for number, blocks in enumerate(equal_blocks(cell)):
+            for block in blocks:
+                marked.append(block)
+                _compat.set_reuse_key(block, f"mindpet_block_{number}")
+        yield
+    finally:
+        for block in marked:
+            _compat.set_reuse_key(block, None)
+
+
+def equal_blocks(cell: nn.Cell) -> list[list[nn.Cell]]:
+    """Groups of two blocks or more that compile to one graph: Cells in one list, with others in them.
+
+    >>> block = lambda rate: nn.SequentialCell(nn.Dense(2, 2), nn.Dropout(p=rate))
+    >>> network = nn.CellList([block(0.1), block(0.2), block(0.1)])
+    >>> [[block in network[0:1] for block in group] for group in equal_blocks(network)]
+    [[True, False]]
+    """
+    groups = []
+    inside: set[int] = set()  # blocks that have a group, and what is in them
+    for _, inner in cell.cells_and_names():
+        if id(inner) in inside or not isinstance(inner, (nn.CellList, nn.SequentialCell)):
+            continue
+        equal: dict[Any, dict[int, nn.Cell]] = defaultdict(dict)
+        for block in _compat.children(inner).values():
+            if _compat.children(block) and not _compat.has_reuse_key(block):
+                equal[_told(block)][id(block)] = block
+        for facts, blocks in equal.items():
+            if facts is not None and len(blocks) > 1:
+                groups.append(list(blocks.values()))
+                inside.update(id(each) for block in blocks.values() for _, each in block.cells_and_names())
+    return groups
+
+
+def _told(block: nn.Cell) -> tuple[str, ...] | None:
+    """All that its graph depends on, or None for a block that is to be compiled by itself."""
+    inner = [each for _, each in block.cells_and_names()]
+    if any(_compat.has_hooks(each) or _compat.is_recomputed(each) for each in inner):
+        return None
+    try:
+        return tuple(_Local().of_cell(block))
+    except NotKnown:
+        return None
+
+
+class _Local(Facts):
+    """Within one process: parameters by the order in which the block has them, anything else by what it is."""
+
+    def __init__(self) -> None:
+        self.numbers: dict[int, int] = {}
+
+    def of_parameter(self, parameter: Parameter) -> str:
+        number = self.numbers.setdefault(id(parameter), len(self.numbers))
+        return f"{number} {parameter.shape} {parameter.dtype} {parameter.requires_grad}"
+
+    def of_other(self, value: Any, why: str) -> str:
+        return f"{type(value).__qualname__} {id(value)}"

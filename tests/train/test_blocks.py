@@ -1,0 +1,142 @@
+"""Blocks that are compiled as one: the results are those of blocks compiled each by itself, to the last bit."""
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import Tensor, nn
+
+import mindpet
+from mindpet.delta.registry import METHODS
+from mindpet.models import BertConfig, BertForSequenceClassification
+from mindpet.train import blocks
+from mindpet.train.compiled import compile_once
+from mindpet.train.dropout import DropoutKeys
+from mindpet.train.step import SummedLoss, TrainStep
+from tests.models.causal import build
+
+FEW = ("lora", "ptuning2", "adapter", "adalora", "adaption_prompt")
+
+
+def bert():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2, "num_hidden_layers": 4}
+    return BertForSequenceClassification(BertConfig(vocab_size=31, max_position_embeddings=40, **sizes), 3)
+
+
+def step_of(network):
+    network.set_train()
+    keys = DropoutKeys(network, 5)
+    optimizer = nn.Adam(list(network.trainable_params()), 1e-2)
+    return TrainStep(mindpet.accelerate(SummedLoss(network)), optimizer, 1.0), keys
+
+
+def tuned(method, as_one, monkeypatch, change=lambda network: None):
+    """Losses of three steps and what was trained, and how many blocks were compiled as one."""
+    counts = []
+    found = blocks.equal_blocks
+    monkeypatch.setattr(blocks, "equal_blocks", lambda cell: found(cell) if as_one else [])
+    ms.set_seed(1)
+    network = bert()
+    if method != "full":
+        mindpet.inject(network, METHODS[method].config(modules_to_save=("classifier",)))
+    change(network)
+    step, keys = step_of(network)
+    ids = Tensor(np.random.default_rng(2).integers(1, 31, (4, 9)).astype(np.int32))
+    columns = ids, ms.ops.ones_like(ids), ms.ops.zeros_like(ids), Tensor([0, 1, 2, 0], ms.int32)
+    counts = [len(group) for group in blocks.equal_blocks(step)]
+    losses = []
+    for number in range(3):
+        keys.set_step(number)
+        compile_once(step, *columns)
+        losses.append(float(step(*columns)[0]))
+    monkeypatch.undo()
+    return losses, {each.name: each.asnumpy() for each in network.trainable_params()}, counts
+
+
+def same(method, monkeypatch, change=lambda network: None):
+    """How many blocks there are in each group; the results are held against those of blocks by themselves."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    losses, trained, counts = tuned(method, True, monkeypatch, change)
+    alone, trained_alone, none = tuned(method, False, monkeypatch, change)
+    assert none == []
+    assert losses == alone
+    assert len(set(losses)) == 3
+    for name, value in trained_alone.items():
+        np.testing.assert_array_equal(trained[name], value, err_msg=name)
+    return counts
+
+
+@pytest.mark.parametrize(
+    "method", [pytest.param(each, marks=() if each in FEW else pytest.mark.exhaustive) for each in ["full", *METHODS]]
+)
+def test_the_results_are_those_of_blocks_by_themselves(method, monkeypatch, back_to_pynative):
+    if method in ("adapter_fusion", "trainable_tokens"):
+        pytest.skip("needs adapters, or tokens")
+    counts = same(method, monkeypatch)
+    assert 4 in counts or method not in FEW
+
+
+def lora_on(*layers):
+    return lambda network: mindpet.inject(network, mindpet.LoRAConfig(targets=[f"*.layer.{i}.*query" for i in layers]))
+
+
+def another_rate(network):
+    network.bert.encoder.layer[1].output.dropout.p = 0.4
+
+
+def frozen(network):
+    network.bert.encoder.layer[3].output.dense.weight.requires_grad = False
+
+
+def watched(network):
+    network.bert.encoder.layer[0].register_forward_hook(lambda *_: None)
+
+
+def other_epsilon(network):
+    network.bert.encoder.layer[2].output.LayerNorm.epsilon = 0.1
+
+
+@pytest.mark.parametrize(
+    ("change", "groups"),
+    [
+        (lora_on(1, 3), [2, 2]),
+        (lora_on(1), [3]),
+        (another_rate, [3]),
+        (frozen, [3]),
+        (watched, [3]),
+        (other_epsilon, [3]),
+    ],
+)
+def test_a_block_that_differs_is_compiled_by_itself(change, groups, monkeypatch, back_to_pynative):
+    assert same("full", monkeypatch, change) == groups
+
+
+def test_scales_that_differ_are_told_apart(monkeypatch, back_to_pynative):
+    def alphas(network):
+        for layer, alpha in enumerate((4, 4, 8, 8)):
+            config = mindpet.LoRAConfig(alpha=alpha, targets=[f"*.layer.{layer}.*query"])
+            mindpet.inject(network, config)
+
+    assert same("full", monkeypatch, alphas) == [2, 2]
+
+
+def test_no_key_stays_behind(monkeypatch, back_to_pynative):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    network = build("llama")
+    ids = Tensor([[1, 2, 3]], ms.int32)
+    assert [len(group) for group in blocks.equal_blocks(network)] == [len(network.model.layers)]
+    compile_once(network, ids, ms.ops.ones_like(ids))
+    assert network.compile_cache
+    for _, cell in network.cells_and_names():
+        assert "mindpet_block" not in str(vars(cell).get("_cell_init_args"))
+        assert "no_inline" not in vars(cell)
+
+
+def test_parameters_that_two_places_share_are_told_apart():
+    def block(tied):
+        cells = nn.SequentialCell(nn.Dense(4, 4), nn.Dense(4, 4))
+        if tied:
+            cells[1].weight = cells[0].weight
+        return cells
+
+    assert [len(group) for group in blocks.equal_blocks(nn.CellList([block(False), block(False)]))] == [2]
+    assert blocks.equal_blocks(nn.CellList([block(False), block(True)])) == []
