@@ -33,6 +33,7 @@ def ours(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     import mindspore as ms
     from mindspore import Tensor
 
+    import mindpet
     from mindpet import models
 
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -40,6 +41,7 @@ def ours(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     named = {each.name.replace("embedding_table", "weight"): each for each in network.get_parameters()}
     for name, value in weights({name: each.shape for name, each in named.items()}).items():
         named[name].set_data(Tensor(value))
+    mindpet.accelerate(network)  # as `mindpet infer` does
     return lambda: list(models.generate(network, prompt, max_tokens=tokens))
 
 

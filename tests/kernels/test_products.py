@@ -61,6 +61,26 @@ def test_products_agree_with_float64(rows, into, out, seed):
     close(call("lora_backward", dy, w, dh, a, shape=(rows, into)), wide_dy @ wide_w + wide_dh @ wide_a)
 
 
+@settings(max_examples=60, deadline=None)
+@given(rows=SIZE, columns=SIZE, rank=st.integers(1, 17), seed=st.integers(0, 99))
+@example(rows=801, columns=801, rank=16, seed=0)
+@example(rows=257, columns=1, rank=9, seed=0)
+def test_products_with_a_few_columns_agree_with_float64(rows, columns, rank, seed):
+    library = ctypes.CDLL(str(build.library()))
+    generator = np.random.default_rng(seed)
+    x, a, b, h = (
+        generator.standard_normal(shape, np.float32)
+        for shape in ((rows, columns), (rank, columns), (columns, rank), (rows, rank))
+    )
+    wide_x, wide_a, wide_b, wide_h = map(np.float64, (x, a, b, h))
+    close(direct.call(library, "narrow_forward", x, a, shape=(rows, rank)), wide_x @ wide_a.T)
+    close(direct.call(library, "narrow_backward_weight", h, x, shape=(rank, columns)), wide_h.T @ wide_x)
+    factor, more = np.array([0.7], np.float32), [(columns, rank)]
+    found = direct.call(library, "narrow_backward", x, b, h, factor, shape=(rows, rank), more=more)
+    close(found[: rows * rank].reshape(rows, rank), 0.7 * wide_x @ wide_b)
+    close(found[rows * rank :].reshape(columns, rank), 0.7 * wide_x.T @ wide_h)
+
+
 @pytest.mark.parametrize("name", ["dense_forward", "dense_backward"])
 def test_a_row_is_the_same_in_any_company(name):
     """To the last bit, whatever tile, piece of work and batch it is in."""

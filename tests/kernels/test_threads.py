@@ -98,6 +98,8 @@ def test_wrong_arguments_are_refused_and_not_read():
         ("dense_backward_weight", (x, np.zeros((3, 4), np.float32))),
         ("lora_forward", (x, x, x[:, 0], x[:1, :1], x[:, :1], x[0, :1])),
         ("lora_backward", (x, x.T, x[:, :1], x[:2])),
+        ("narrow_forward", (x, x[:, :2])),
+        ("narrow_backward_weight", (x, x[:1])),
         ("rotary_forward", (x, x, x)),
         ("cross_entropy_forward", (x, np.zeros(1, np.int32))),
         ("cross_entropy_backward", (x, np.zeros(1, np.int32), x[0, :2])),

@@ -11,8 +11,9 @@ import pytest
 from mindspore import Tensor, nn, ops
 
 from mindpet import LoRAConfig, PTuning2Config, inject
+from mindpet.graph import facts
 from mindpet.models import start_prefix
-from mindpet.train import compiled, facts
+from mindpet.train import compiled
 from mindpet.train.fit import read_metrics
 from tests.models.causal import build
 from tests.models.test_prefix import bert

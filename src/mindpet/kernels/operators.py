@@ -12,6 +12,8 @@ from mindspore import dtype as mstype
 from mindpet.delta.blockwise import DYNAMIC, Form
 from mindpet.kernels.build import library
 
+NARROW = 16  # the largest rank of a LoRA branch whose products with A and B have kernels of their own
+
 
 def _first(*shapes: Any) -> Any:
     return shapes[0]
@@ -39,6 +41,10 @@ def _columns(*shapes: Any) -> Any:
 
 def _one(*shapes: Any) -> Any:
     return [1]
+
+
+def _branch(*shapes: Any) -> Any:
+    return [shapes[0][0], shapes[1][1]], shapes[1]
 
 
 def _first_three(*shapes: Any) -> Any:
@@ -243,12 +249,12 @@ class LoRAProduct(nn.Cell):
 
     def __init__(self, scale: float):
         super().__init__(auto_prefix=False)
-        self.down = ops.MatMul(transpose_b=True)
+        self.down, self.narrow_down = ops.MatMul(transpose_b=True), Kernel("narrow_forward", _rows_and_outputs)
         self.sum = _LoRASum(scale)
 
     def construct(self, x, weight, bias, a, b):
-        hidden = ops.stop_gradient(self.down(x, a))  # (rows, rank)
-        return self.sum(x, weight, bias, a, b, hidden)
+        hidden = self.narrow_down(x, a) if a.shape[0] <= NARROW else self.down(x, a)  # (rows, rank)
+        return self.sum(x, weight, bias, a, b, ops.stop_gradient(hidden))
 
 
 class _LoRASum(nn.Cell):
@@ -262,16 +268,22 @@ class _LoRASum(nn.Cell):
         self.backward_weight = Kernel("dense_backward_weight", _columns)
         self.backward_bias = Kernel("sum_of_rows", _last_axis)
         self.up, self.across = ops.MatMul(), ops.MatMul(transpose_a=True)
+        self.narrow_up = Kernel("narrow_backward", _branch, 2)
+        self.narrow_across = Kernel("narrow_backward_weight", _columns)
 
     def construct(self, x, weight, bias, a, b, hidden):
         return self.forward(x, weight, bias, hidden, b, self.scale)
 
     def bprop(self, x, weight, bias, a, b, hidden, out, dout):
-        slope = self.up(dout, b) * self.scale  # (rows, rank)
+        if a.shape[0] <= NARROW:
+            slope, for_b = self.narrow_up(dout, b, hidden, self.scale)  # (rows, rank), (out, rank)
+            for_a = self.narrow_across(slope, x)
+        else:
+            slope, for_b = self.up(dout, b) * self.scale, self.across(dout, hidden) * self.scale
+            for_a = self.across(slope, x)
         dx = self.backward(dout, weight, slope, a)
         for_weight, for_bias = self.backward_weight(dout, x), self.backward_bias(dout)
-        for_b = self.across(dout, hidden) * self.scale
-        return dx, for_weight, for_bias, self.across(slope, x), for_b, ops.zeros_like(hidden)
+        return dx, for_weight, for_bias, for_a, for_b, ops.zeros_like(hidden)
 
 
 class SquareSum(nn.Cell):

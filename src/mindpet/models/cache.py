@@ -8,6 +8,7 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -15,6 +16,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet import _checks, _compat
+from mindpet.graph.blocks import equal_blocks_as_one
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -95,9 +97,20 @@ class Step(nn.Cell):
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.network = network
         self.heads = network.prefix_slot.num_heads
+        self.sizes_met: set[tuple[int, ...]] = set()
+
+    def compiling(self, *sizes: int) -> AbstractContextManager[None]:
+        """Around a call: the first one of these sizes compiles, in graph mode."""
+        if sizes in self.sizes_met or not _compat.in_graph_mode():
+            return nullcontext()
+        self.sizes_met.add(sizes)
+        return equal_blocks_as_one(self)
 
     def construct(self, input_ids, positions, *buffers):
         batch, count = input_ids.shape
+        table = self.network.head_table()
+        if table is not None:  # read before keys and values are written: after that MindSpore reads a copy
+            table = ops.stop_gradient(table)
         capacity = buffers[0].shape[0] // (batch * self.heads)
         hidden = (ops.arange(capacity) > positions.expand_dims(2)).astype(ms.float32)  # (batch, n, capacity)
         starts = (ops.arange(batch * self.heads) * capacity).reshape((batch, self.heads, 1))
@@ -108,7 +121,7 @@ class Step(nn.Cell):
             extras += ((buffers[layer], buffers[layers + layer], slots),)
         rows = self.network.hidden_rows(input_ids, positions, hidden.expand_dims(1), extras)
         last = rows.reshape((batch, count, -1))[:, -1]  # (batch, hidden)
-        return self.network.logits_of(last)
+        return self.network.logits_of(last, table)
 
 
 def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any, cache: KeyValueCache) -> Tensor:
@@ -139,7 +152,8 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
-        logits = step(*piece, *cache.buffers)
+        with step.compiling(cache.batch, size, cache.capacity):
+            logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
 

@@ -133,9 +133,13 @@ class CausalLanguageModel(nn.Cell):
         """
         raise NotImplementedError
 
-    def logits_of(self, rows):
-        """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``."""
+    def head_table(self):
+        """The table that a tied head multiplies with, or None."""
         raise NotImplementedError
+
+    def logits_of(self, rows, table):
+        """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``, with what :meth:`head_table` gives."""
+        return self.head(rows, table) if self.tied else self.lm_head(rows)
 
     def predict(self, input_ids, attention_mask, pairs, virtual):
         """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none.
@@ -156,7 +160,7 @@ class CausalLanguageModel(nn.Cell):
         rows = self.hidden_rows(input_ids, positions + start, hidden, pairs)
         if virtual > 0:
             rows = rows.reshape((batch, virtual + seq, -1))[:, virtual:].reshape((batch * seq, -1))
-        return self.logits_of(rows).reshape((batch, seq, -1))
+        return self.logits_of(rows, self.head_table()).reshape((batch, seq, -1))
 
 
 class TiedHead(nn.Cell):

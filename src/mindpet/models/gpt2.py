@@ -235,8 +235,8 @@ class GPT2LMHeadModel(CausalLanguageModel):
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.transformer(input_ids, positions, hidden, extras)
 
-    def logits_of(self, rows):
-        return self.head(rows, table_of(self.transformer.wte)) if self.tied else self.lm_head(rows)
+    def head_table(self):
+        return table_of(self.transformer.wte) if self.tied else None
 
 
 def _dense(in_size: int, out_size: int, config: GPT2Config) -> nn.Dense:

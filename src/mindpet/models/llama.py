@@ -296,8 +296,8 @@ class LlamaForCausalLM(CausalLanguageModel):
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.model(input_ids, positions, hidden, extras)
 
-    def logits_of(self, rows):
-        return self.head(rows, table_of(self.model.embed_tokens)) if self.tied else self.lm_head(rows)
+    def head_table(self):
+        return table_of(self.model.embed_tokens) if self.tied else None
 
 
 def _dense(in_size: int, out_size: int, has_bias: bool, config: LlamaConfig) -> nn.Dense:

@@ -25,9 +25,9 @@ from mindspore import Tensor, nn
 
 import mindpet
 from mindpet import _compat
+from mindpet.graph.blocks import equal_blocks_as_one
+from mindpet.graph.facts import Facts, NotKnown
 from mindpet.kernels import build
-from mindpet.train.blocks import equal_blocks_as_one
-from mindpet.train.facts import Facts, NotKnown
 
 _log = logging.getLogger("mindpet")
 _KEPT = 100  # directories; the one that was not used for longest goes first

@@ -7,8 +7,8 @@ from mindspore import Tensor, nn
 
 import mindpet
 from mindpet.delta.registry import METHODS
+from mindpet.graph import blocks
 from mindpet.models import BertConfig, BertForSequenceClassification
-from mindpet.train import blocks
 from mindpet.train.compiled import compile_once
 from mindpet.train.dropout import DropoutKeys
 from mindpet.train.step import SummedLoss, TrainStep

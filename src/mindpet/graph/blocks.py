@@ -15,7 +15,7 @@ from typing import Any
 from mindspore import Parameter, nn
 
 from mindpet import _compat
-from mindpet.train.facts import Facts, NotKnown
+from mindpet.graph.facts import Facts, NotKnown
 
 
 @contextmanager
