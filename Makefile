@@ -101,9 +101,15 @@ format: $(INSTALLED)  ## put the code into shape
 docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/mkdocs build --strict
 
-bench: $(COMPARED)  ## time tuning steps beside Hugging Face PEFT, each method, processes, injection: about half an hour
+bench: $(COMPARED)  ## time steps, generation, injection beside Hugging Face, each method, curves: about an hour
 	$(BIN)/python benchmarks/against_peft.py --rounds 7 --json runs/bench/peft.json --picture runs/bench/peft.png
-	$(BIN)/python benchmarks/methods.py
+	$(BIN)/python benchmarks/scaling.py --json runs/bench/scaling.json --picture runs/bench/scaling.png
+	$(BIN)/python benchmarks/generation.py --json runs/bench/generation.json
+	$(BIN)/python benchmarks/layer.py
+	$(BIN)/python benchmarks/modes.py
+	$(BIN)/python benchmarks/first_step.py
+	$(BIN)/python benchmarks/methods.py --json runs/bench/methods.json
+	$(BIN)/python benchmarks/quantised.py --json runs/bench/quantised.json
 	$(BIN)/python benchmarks/processes.py
 	$(BIN)/python benchmarks/inject.py
 

@@ -27,6 +27,7 @@ RUNNABLE = [
     "docs/migration.md",
     "docs/parallel.md",
     "docs/reference/index.md",
+    "docs/speed.md",
     "docs/troubleshooting.md",
 ]
 

@@ -7,6 +7,7 @@ of the first block would stand for those of all. So blocks get it here, while th
 everything in them but their parameters was compared.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,16 +18,26 @@ from mindspore import Parameter, nn
 from mindpet import _compat
 from mindpet.graph.facts import Facts, NotKnown
 
+_NUMBERS = itertools.count()  # no two groups of a process have one key
+
 
 @contextmanager
 def equal_blocks_as_one(cell: nn.Cell) -> Iterator[None]:
-    """Within the block of code, what is compiled of `cell` takes its equal blocks for one."""
+    """Within the block of code, what is compiled of `cell` takes its equal blocks for one.
+
+    Blocks of MindSpore's cells and of this package's are looked at; those with hooks, and those that are computed again
+    in the backward pass, are compiled each by itself. What was compiled stays valid afterwards.
+
+    Args:
+        cell: the outermost Cell that is compiled, such as a training step.
+    """
     marked = []
     try:
-        for number, blocks in enumerate(equal_blocks(cell)):
+        for blocks in equal_blocks(cell):
+            key = f"mindpet_block_{next(_NUMBERS)}"
             for block in blocks:
                 marked.append(block)
-                _compat.set_reuse_key(block, f"mindpet_block_{number}")
+                _compat.set_reuse_key(block, key)
         yield
     finally:
         for block in marked:

@@ -223,16 +223,16 @@ def index_lists(sizes: LayerSizes, layers: int, batch: int, seq: int, kernels: b
     operator that broadcasts (other than one number to all) keeps one for each of its two inputs. In numbers, forward
     and backward together, a layer has
 
-    - LLaMA: the rotation by cosines and sines, 8 n q + 8 n k;
     - without our kernels: transposes of q, k, v and of what is mixed, 4 n q + 4 n k, adding the mask and the gradient
-      of softmax 4 n a s, exact GELU 4 n f, RMSNorm 16 n h.
+      of softmax 4 n a s, exact GELU 4 n f, RMSNorm 16 n h, the rotation by cosines and sines of a LLaMA 8 n q + 8 n k.
 
     Besides, BERT adds its positions and takes the mean of its tokens, 6 n h. A language model makes its mask, 6 n s,
     and without our kernels computes its loss, 8 n v.
     """
     rows = batch * seq
-    numbers = 8 * rows * (sizes.queries + sizes.keys) if sizes.rms else 0
+    numbers = 0
     if not kernels:
+        numbers += 8 * rows * (sizes.queries + sizes.keys) if sizes.rms else 0
         numbers += 4 * rows * (sizes.queries + sizes.keys)
         numbers += 4 * rows * sizes.heads * seq + (16 * rows * sizes.hidden if sizes.rms else 0)
         numbers += 0 if sizes.gated or sizes.tanh else 4 * rows * sizes.inner
