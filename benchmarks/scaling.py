@@ -121,15 +121,15 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
     names = list(dict.fromkeys(row["curve"] for row in rows))
     figure, axes = plt.subplots(2, len(names), figsize=(2.6 * len(names), 5), layout="constrained", squeeze=False)
-    for column, name in zip(axes.T, names, strict=True):
+    for index, name in enumerate(names):
         curve = [row for row in rows if row["curve"] == name]
         x = [row["value"] for row in curve]
-        for place, key, unit in ((column[0], "ms", "ms a step"), (column[1], "mib", "MiB")):
+        for place, key, unit in ((axes[0][index], "ms", "ms a step"), (axes[1][index], "mib", "peak memory, MiB")):
             place.plot(x, [row[f"predicted_{key}"] for row in curve], color="grey", label="arithmetic")
             place.plot(x, [row[key] for row in curve], "o", label="measured")
-            place.set_ylim(bottom=0)
+            place.set_ylim(0, 1.08 * max(row[end + key] for row in curve for end in ("", "predicted_")))
             place.set_xlabel({"adapted": "adapted layers of 4"}.get(name, name))
-            if column is axes.T[0]:
+            if index == 0:
                 place.set_ylabel(unit)
     axes[0][0].legend()
     path.parent.mkdir(parents=True, exist_ok=True)
