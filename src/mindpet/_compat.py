@@ -87,8 +87,12 @@ def named_primitives(cell: nn.Cell) -> dict[str, Any]:
 
 
 def arguments_of(operator: Any) -> dict[str, Any]:
-    """What an operator was made with and what was set on it: MindSpore keeps these in three places."""
-    return {**vars(operator).get("init_attrs", {}), **vars(operator).get("attrs", {}), **operator.get_attr_dict()}
+    """What an operator was made with and what was set on it: MindSpore keeps these in four places.
+
+    What it was made with may have been changed since, and a graph takes what it is now.
+    """
+    made = {name: getattr(operator, name, value) for name, value in vars(operator).get("init_attrs", {}).items()}
+    return {**vars(operator).get("attrs", {}), **operator.get_attr_dict(), **made}
 
 
 def buffers_of(cell: nn.Cell) -> dict[str, Any]:
@@ -163,7 +167,7 @@ def set_reuse_key(cell: nn.Cell, key: str | None) -> None:
 
 def has_reuse_key(cell: nn.Cell) -> bool:
     """Whether somebody has given this Cell such a key already, as ``ms.lazy_inline`` does."""
-    return hasattr(cell, "_cell_init_args")
+    return hasattr(cell, "_cell_init_args") or "no_inline" in vars(cell)
 
 
 def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:

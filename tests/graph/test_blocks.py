@@ -7,8 +7,8 @@ from mindspore import Tensor, nn
 
 import mindpet
 from mindpet.delta.registry import METHODS
-from mindpet.graph import blocks
-from mindpet.models import BertConfig, BertForSequenceClassification
+from mindpet.graph import blocks, facts
+from mindpet.models import BertConfig, BertForSequenceClassification, generate
 from mindpet.train.compiled import compile_once
 from mindpet.train.dropout import DropoutKeys
 from mindpet.train.step import SummedLoss, TrainStep
@@ -117,6 +117,103 @@ def test_scales_that_differ_are_told_apart(monkeypatch, back_to_pynative):
             mindpet.inject(network, config)
 
     assert same("full", monkeypatch, alphas) == [2, 2]
+
+
+def transposed(network):
+    product = network.bert.encoder.layer[1].attention.output.dense.matmul
+    product.transpose_b = False  # of a square weight: it fits both ways
+
+
+def cast(network):
+    network.bert.encoder.layer[2].output.dropout.to_float(ms.float16)
+
+
+@pytest.mark.parametrize("change", [transposed, cast])
+def test_what_was_changed_after_it_was_made_is_seen(change, monkeypatch, back_to_pynative):
+    def without_dropout(network):
+        for _, cell in network.cells_and_names():
+            if type(cell) is nn.Dropout:
+                cell.p = 0.0
+        change(network)
+
+    assert same("full", monkeypatch, without_dropout) == [3]
+
+
+class Times(nn.Cell):
+    """A block with a factor."""
+
+    def __init__(self, factor):
+        super().__init__()
+        self.dense, self.factor = nn.Dense(2, 2, weight_init="ones", has_bias=False), factor
+
+    def construct(self, x):
+        return self.dense(x) * self.factor
+
+
+class Chain(nn.Cell):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.CellList([Times(factor) for factor in (1, 1, 5)])
+
+    def construct(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_a_false_key_would_be_believed(monkeypatch, back_to_pynative):
+    """So blocks are compiled as one at all, and only those that are equal."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    monkeypatch.setattr(facts, "_TRUSTED", (*facts._TRUSTED, "tests"))
+    x, found = Tensor(np.ones((1, 2), np.float32)), []
+    for told in (blocks._told, lambda block: ("the same",)):
+        monkeypatch.setattr(blocks, "_told", told)
+        network = Chain()
+        compile_once(network, x)
+        found.append(float(network(x)[0, 0]))
+    assert found == [40.0, 8.0]
+
+
+class Held(nn.Cell):
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.words, self.dense = value, value, nn.Dense(2, 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.Dense(2, 2).construct, nn.Dense(2, 2).construct),
+        (ms.ops.GradOperation(get_all=True), ms.ops.GradOperation(get_all=False)),
+        ([1, 2], (1, 2)),
+        (0.1, np.float32(0.1)),
+        ("a", "b"),
+    ],
+)
+def test_values_that_differ_are_told_apart(first, second, monkeypatch):
+    monkeypatch.setattr(facts, "_TRUSTED", (*facts._TRUSTED, "tests"))
+    assert blocks.equal_blocks(nn.CellList([Held(first), Held(second)])) == []
+    assert [len(group) for group in blocks.equal_blocks(nn.CellList([Held("a"), Held("a")]))] == [2]
+
+
+def test_what_compiles_again_takes_equal_blocks_for_one_again(monkeypatch, back_to_pynative):
+    ms.set_context(mode=ms.GRAPH_MODE)
+    calls = []
+    found = blocks.equal_blocks
+    monkeypatch.setattr(blocks, "equal_blocks", lambda cell: calls.append(cell) or found(cell))
+    network = build("llama")
+    for length in (3, 4, 3):  # another shape compiles another graph
+        ids = Tensor([list(range(1, 1 + length))], ms.int32)
+        compile_once(network, ids, ms.ops.ones_like(ids))
+    assert len(calls) == 2
+    list(generate(network, [1, 2], max_tokens=3))
+    generated = len(calls)
+    assert generated > 2
+    list(generate(network, [1, 2], max_tokens=3))
+    assert len(calls) == generated
+    mindpet.inject(network, mindpet.LoRAConfig(rank=2, targets=["*.q_proj"]))
+    list(generate(network, [1, 2], max_tokens=3))
+    assert len(calls) == 2 * (generated - 2) + 2
 
 
 def test_no_key_stays_behind(monkeypatch, back_to_pynative):

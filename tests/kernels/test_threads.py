@@ -99,6 +99,7 @@ def test_wrong_arguments_are_refused_and_not_read():
         ("lora_forward", (x, x, x[:, 0], x[:1, :1], x[:, :1], x[0, :1])),
         ("lora_backward", (x, x.T, x[:, :1], x[:2])),
         ("narrow_forward", (x, x[:, :2])),
+        ("narrow_backward", (x, x.T, x[:, :1], epsilon, x[:, :1])),
         ("narrow_backward_weight", (x, x[:1])),
         ("rotary_forward", (x, x, x)),
         ("cross_entropy_forward", (x, np.zeros(1, np.int32))),

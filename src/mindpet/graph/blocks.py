@@ -8,6 +8,7 @@ everything in them but their parameters was compared.
 """
 
 import itertools
+import types
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -88,6 +89,11 @@ class _Local(Facts):
     def of_parameter(self, parameter: Parameter) -> str:
         number = self.numbers.setdefault(id(parameter), len(self.numbers))
         return f"{number} {parameter.shape} {parameter.dtype} {parameter.requires_grad}"
+
+    def of_object(self, value: Any, depth: int) -> str:
+        if isinstance(value, types.MethodType):
+            return f"method {id(value.__self__)} {id(value.__func__)}"
+        return self.of_other(value, "")
 
     def of_other(self, value: Any, why: str) -> str:
         return f"{type(value).__qualname__} {id(value)}"

@@ -14,10 +14,11 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.ops import Primitive
 
 from mindpet import _compat
+from mindpet.delta.prompt_slot import PromptSlot
 
-_RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas", "words")  # compute nothing
+_RECORDS = ("mindpet_injections", "mindpet_merged", "mindpet_suspended", "mindpet_deltas")  # compute nothing
 _TRUSTED = ("mindspore", "mindpet")  # packages whose cells are told of in full
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum, np.generic)
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), Enum)
 
 
 class NotKnown(Exception):
@@ -37,11 +38,12 @@ class Facts:
         for path, inner in cell.cells_and_names():
             if not _of(type(inner).__module__, *_TRUSTED):
                 raise NotKnown(f"{type(inner).__name__} at {path!r} is a class of {type(inner).__module__}")
-            if type(inner) is nn.Dropout and (inner.p == 0 or not inner.training):
-                yield f"{path}: drops nothing"  # whatever its seeds
-                continue
-            own = {name: value for name, value in vars(inner).items() if name not in _of_every_cell()}
             flags = (inner.training, inner.get_flags(), _compat.is_recomputed(inner))
+            if type(inner) is nn.Dropout and (inner.p == 0 or not inner.training):
+                yield self.of((path, "drops nothing", flags))  # whatever its seeds
+                continue
+            hidden = _of_every_cell() | ({"words"} if isinstance(inner, PromptSlot) else set())
+            own = {name: value for name, value in vars(inner).items() if name not in hidden}
             children = {name: paths[id(child)] for name, child in _compat.children(inner).items()}  # shared ones too
             held = _compat.own_parameters(inner), _compat.buffers_of(inner), _compat.named_primitives(inner)
             yield self.of((path, type(inner), flags, own, children, held))
@@ -59,6 +61,8 @@ class Facts:
         if depth > 8:
             return self.of_other(value, f"a {type(value).__name__} too deep to look into")
         deeper = depth + 1
+        if isinstance(value, np.generic):
+            return f"{value.dtype} {value!r}"
         if isinstance(value, (*_PLAIN, ms.Type, type(ms.float32))):
             return repr(value)
         if isinstance(value, Parameter):
@@ -67,7 +71,7 @@ class Facts:
             array = value.asnumpy() if isinstance(value, Tensor) else value
             return f"{array.shape} {array.dtype} {hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()}"
         if isinstance(value, (list, tuple)):
-            return f"({', '.join(self.of(each, deeper) for each in value)})"
+            return f"{type(value).__name__}({', '.join(self.of(each, deeper) for each in value)})"
         if isinstance(value, (set, frozenset)):
             return f"{{{', '.join(sorted(self.of(each, deeper) for each in value))}}}"
         if isinstance(value, dict):
@@ -81,10 +85,14 @@ class Facts:
         if isinstance(value, nn.Cell):
             why = f"a {type(value).__name__} is in a list or in an attribute that MindSpore does not know of"
             return self.of_other(value, why)
+        return self.of_object(value, deeper)
+
+    def of_object(self, value: Any, depth: int) -> str:
+        """Something whose class or name says what it does."""
         if _of(type(value).__module__, "mindspore"):
             return f"a {type(value).__qualname__}"
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Cell):
-            return f"{type(value.__self__).__qualname__}.{self.of(value.__func__, deeper)}"
+            return f"{type(value.__self__).__qualname__}.{self.of(value.__func__, depth)}"
         if isinstance(value, types.FunctionType) and _is_known(value):
             return f"{value.__module__}.{value.__qualname__}"
         return self.of_other(value, f"it holds a {type(value).__module__}.{type(value).__qualname__}")

@@ -170,14 +170,6 @@ public:
         return memory_;
     }
 
-    // Give it back if it is a lot.
-    void trim() {
-        if (size_ <= (int64_t{1} << 24)) return;
-        std::free(memory_);
-        memory_ = nullptr;
-        size_ = 0;
-    }
-
 private:
     float *memory_ = nullptr;
     int64_t size_ = 0;
@@ -185,8 +177,9 @@ private:
 
 inline thread_local Scratch scratch;
 
-// Masks of dropout: entry (row, column) of a mask is kept when words[row] a words[column from the end] + b is at or above
-// the threshold. `keys`: a, b, threshold, and the rank of the process, whose rows come after those of the ones before it.
+// Masks of dropout: entry (row, column) of a mask is kept when words[row] a words[column from the end] + b is at or
+// above the threshold. `keys`: a, b, threshold, and the rank of the process, whose rows come after those of the ones
+// before it.
 struct Dropout {
     const uint32_t *words, *keys;
     int64_t pool, begin;  // words, and the row of the whole mask that is this process's first

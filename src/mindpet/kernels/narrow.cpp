@@ -24,7 +24,8 @@ void narrow_tile(int64_t high, int64_t depth, const float *x, const float *panel
 }
 
 // y (rows, rank) = factor x (rows, depth) B, for a B in panels.
-void narrow_rows(int64_t rows, int64_t depth, int64_t rank, const float *x, const float *panels, float factor, float *y) {
+void narrow_rows(int64_t rows, int64_t depth, int64_t rank, const float *x, const float *panels, float factor,
+                 float *y) {
     float sums[NARROW * LANES];
     for (int64_t row = 0; row < rows; row += NARROW) {
         const int64_t high = rows - row < NARROW ? rows - row : NARROW;
@@ -48,7 +49,8 @@ void add_outer(int64_t rows, int64_t rank, int64_t columns, const float *h, cons
             tile_of<STRIP>(high, rows, strip, y + column, columns, to + column, columns, to + column, columns);
         for (int64_t k = 0; column < columns && k < rows; ++k)
             for (int64_t i = 0; i < high; ++i)
-                for (int64_t j = column; j < columns; ++j) to[i * columns + j] += strip.data[i + k * rank] * y[k * columns + j];
+                for (int64_t j = column; j < columns; ++j)
+                    to[i * columns + j] += strip.data[i + k * rank] * y[k * columns + j];
     }
 }
 
@@ -74,7 +76,10 @@ void in_chunks(int64_t rows, int64_t parts, int64_t entries, float *sums, const 
     });
 }
 
-int64_t parts_of(int64_t rows) { return rows < PARTS * NARROW ? 1 : PARTS; }
+int64_t parts_of(int64_t rows) {
+    const int64_t chunks = rows / CHUNK_ROWS;
+    return chunks < 1 ? 1 : chunks < PARTS ? chunks : PARTS;
+}
 
 float *zeros(int64_t floats) { return new (std::nothrow) float[floats](); }
 

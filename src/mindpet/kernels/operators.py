@@ -1,6 +1,7 @@
 """Each kernel as a Cell with its gradient, on float32 Tensors alone; :mod:`mindpet.kernels.cells` chooses when.
 
 A gradient with respect to a parameter is an operator of its own: in graph mode, one that nobody asks for is not run.
+Only that of a LoRA branch's B comes with the gradient of what B is multiplied with: both read the same rows once.
 """
 
 from collections.abc import Callable

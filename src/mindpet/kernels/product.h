@@ -36,7 +36,7 @@ struct Matrix {
 inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
 #if defined(__GNUC__) && !defined(__clang__)
     typedef int32_t Places __attribute__((vector_size(LANES * 4)));
-    Places low, high;  // of one entry of each of two registers in turn, from their first halves and from their second ones
+    Places low, high;  // of one entry of each of two registers in turn, from their first and from their second halves
     for (int32_t i = 0; i < LANES; ++i) {
         low[i] = i / 2 + i % 2 * static_cast<int32_t>(LANES);
         high[i] = low[i] + static_cast<int32_t>(LANES) / 2;
@@ -63,7 +63,8 @@ inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
 }
 
 // Panel (depth, PANEL) of B (depth, columns) times `factor` from its column `first`; zeros beyond the last one.
-inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel, float factor = 1.0f) {
+inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel,
+                       float factor = 1.0f) {
     const int64_t width = columns - first < PANEL ? columns - first : PANEL;
     const float *from = b.data + first * b.column;
     int64_t k = 0;
@@ -85,7 +86,8 @@ inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t 
 inline void pack_strips(const Matrix &a, int64_t rows, int64_t depth, float *strips) {
     for (int64_t begin = 0; begin < depth; begin += RUN)
         for (int64_t row = 0; row < rows; row += STRIP) {
-            const int64_t high = rows - row < STRIP ? rows - row : STRIP, end = begin + RUN < depth ? begin + RUN : depth;
+            const int64_t high = rows - row < STRIP ? rows - row : STRIP;
+            const int64_t end = begin + RUN < depth ? begin + RUN : depth;
             for (int64_t k = begin; k < end; ++k) {
                 const float *from = a.data + row * a.row + k * a.column;
                 float *to = strips + row * depth + k * STRIP;
@@ -105,13 +107,15 @@ struct Left {
     int64_t more = 0;
 
     // How many of the `deep` columns from `from` on are A's.
-    int64_t own(int64_t from, int64_t deep) const { return from + deep <= depth ? deep : from < depth ? depth - from : 0; }
+    int64_t own(int64_t from, int64_t deep) const {
+        return from + deep <= depth ? deep : from < depth ? depth - from : 0;
+    }
 };
 
 // C (high, PANEL) = start + A (high, depth) B; see tile. `high` is from 1 to ROWS.
 template <int64_t ROWS>
-inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b, int64_t b_row, float *c, int64_t c_row,
-                    const float *start, int64_t start_row) {
+inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b, int64_t b_row, float *c,
+                    int64_t c_row, const float *start, int64_t start_row) {
     if constexpr (ROWS > 1)
         if (high < ROWS) return tile_of<ROWS - 1>(high, depth, a, b, b_row, c, c_row, start, start_row);
     tile<ROWS, WIDE>(depth, a.data, a.row, a.column, b, b_row, c, c_row, start, start_row);
@@ -130,7 +134,8 @@ int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, 
     const int64_t fewest = in_memory ? panels / SHARES : most.panels;
     const int64_t group = fewest < 1 ? 1 : fewest < most.panels ? fewest : most.panels;
     const int64_t groups = (panels + group - 1) / group, wanted = groups ? (SHARES + groups - 1) / groups : 1;
-    const int64_t least = (strips - 1) / most.strips + 1, parts = wanted > least && strips >= 8 * wanted ? wanted : least;
+    const int64_t least = (strips - 1) / most.strips + 1;
+    const int64_t parts = wanted > least && strips >= 8 * wanted ? wanted : least;
     std::atomic<bool> failed{false};
     Pool::instance().run(groups * parts, [&](int64_t index) {
         const int64_t first_panel = index % groups * group, part = index / groups;
@@ -176,7 +181,6 @@ int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, 
             }
         }
     });
-    scratch.trim();
     return failed ? 1 : 0;
 }
 

@@ -8,7 +8,8 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -97,14 +98,20 @@ class Step(nn.Cell):
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.network = network
         self.heads = network.prefix_slot.num_heads
-        self.sizes_met: set[tuple[int, ...]] = set()
+        self.met: set[tuple] = set()
 
-    def compiling(self, *sizes: int) -> AbstractContextManager[None]:
-        """Around a call: the first one of these sizes compiles, in graph mode."""
-        if sizes in self.sizes_met or not _compat.in_graph_mode():
-            return nullcontext()
-        self.sizes_met.add(sizes)
-        return equal_blocks_as_one(self)
+    @contextmanager
+    def compiling(self, size: int, cache: KeyValueCache) -> Iterator[None]:
+        """Around a call: the first one of a size, and with other buffers, compiles in graph mode."""
+        if not self.compile_cache:
+            self.met.clear()
+        call = size, self.training, *map(id, cache.buffers)
+        if call in self.met or not _compat.in_graph_mode():
+            yield
+            return
+        with equal_blocks_as_one(self):
+            yield
+        self.met.add(call)
 
     def construct(self, input_ids, positions, *buffers):
         batch, count = input_ids.shape
@@ -152,7 +159,7 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
-        with step.compiling(cache.batch, size, cache.capacity):
+        with step.compiling(size, cache):
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
