@@ -52,5 +52,5 @@ def load_of_machine() -> float:
     """How much else runs here; said if it is too much to time anything."""
     load = os.getloadavg()[0]
     if load > 0.5:
-        print(f"The machine is not quiet: load {load:.1f}. Times will be off, ratios less so.", flush=True)
+        print(f"The machine is not quiet: load {load:.1f}. Times will be off, and ratios too.", flush=True)
     return load

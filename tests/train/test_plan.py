@@ -86,7 +86,7 @@ def test_the_turn_is_the_loss_or_the_last_block():
 
 
 def test_lists_of_cpu_operators():
-    """As counted in MindSpore: BERT has 8 transposes of (rows, hidden), or none; so has LLaMA, whose rotation keeps more."""
+    """As counted in MindSpore: BERT has 8 transposes of (rows, hidden), or none; LLaMA has more, or none."""
     rows = 16 * 128
     assert index_lists(BERT, 2, 16, 128, True) == 8 * 6 * rows * 96
     in_layer = index_lists(LLAMA, 3, 16, 128, True) - index_lists(LLAMA, 2, 16, 128, True)

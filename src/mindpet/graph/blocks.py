@@ -16,7 +16,7 @@ from typing import Any
 
 from mindspore import Parameter, nn
 
-from mindpet import _compat
+from mindpet import _checks, _compat
 from mindpet.graph.facts import Facts, NotKnown
 
 _NUMBERS = itertools.count()  # no two groups of a process have one key
@@ -29,9 +29,19 @@ def equal_blocks_as_one(cell: nn.Cell) -> Iterator[None]:
     Blocks of MindSpore's cells and of this package's are looked at; those with hooks, and those that are computed again
     in the backward pass, are compiled each by itself. What was compiled stays valid afterwards.
 
+    Results stay what they are, to the last bit.
+
     Args:
-        cell: the outermost Cell that is compiled, such as a training step.
+        cell: the outermost Cell that is compiled, such as a training step; of a function under ``ms.jit``, the Cell
+            that it calls.
+
+    Raises:
+        TypeError: `cell` is not a Cell.
     """
+    if not isinstance(cell, nn.Cell):
+        raise TypeError(
+            f"For 'equal_blocks_as_one', 'cell' must be a Cell, such as a training step, but got {_checks.shown(cell)}."
+        )
     marked = []
     try:
         for blocks in equal_blocks(cell):
