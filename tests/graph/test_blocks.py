@@ -240,6 +240,8 @@ def test_parameters_that_two_places_share_are_told_apart():
 
 
 def test_what_is_not_a_cell_is_refused():
-    with pytest.raises(TypeError, match=r"'cell' must be a Cell, such as a training step, but got .*function"):
-        with blocks.equal_blocks_as_one(lambda x: x):
-            pass
+    with (
+        pytest.raises(TypeError, match=r"'cell' must be a Cell, such as a training step, but got .*function"),
+        blocks.equal_blocks_as_one(lambda x: x),
+    ):
+        pass
