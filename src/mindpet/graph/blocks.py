@@ -10,9 +10,10 @@ everything in them but their parameters was compared.
 import itertools
 import types
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mindspore import Parameter, nn
 
@@ -20,6 +21,7 @@ from mindpet import _checks, _compat
 from mindpet.graph.facts import Facts, NotKnown
 
 _NUMBERS = itertools.count()  # no two groups of a process have one key
+_met: "WeakKeyDictionary[nn.Cell, set[Hashable]]" = WeakKeyDictionary()  # the calls that each was compiled for
 
 
 @contextmanager
@@ -53,6 +55,28 @@ def equal_blocks_as_one(cell: nn.Cell) -> Iterator[None]:
     finally:
         for block in marked:
             _compat.set_reuse_key(block, None)
+
+
+@contextmanager
+def first_call(cell: nn.Cell, call: Hashable) -> Iterator[bool]:
+    """Around a call in graph mode: whether it is the first one of its kind, which compiles with equal blocks as one.
+
+    Args:
+        cell: what is called.
+        call: what a graph is compiled for, such as the shapes of the inputs; whether the cell trains is known.
+    """
+    if not _compat.in_graph_mode():
+        yield False
+        return
+    if not cell.compile_cache:  # nothing was compiled yet, or what was has been forgotten
+        _met.pop(cell, None)
+    met = _met.setdefault(cell, set())
+    if (cell.training, call) in met:
+        yield False
+        return
+    with equal_blocks_as_one(cell):
+        yield True
+    met.add((cell.training, call))
 
 
 def equal_blocks(cell: nn.Cell) -> list[list[nn.Cell]]:

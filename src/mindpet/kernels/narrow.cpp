@@ -10,17 +10,7 @@ constexpr int64_t PARTS = 16;                     // partial sums of a sum over 
 
 // B (depth, rank) as panels (depth, LANES), zeros beyond the last column.
 void pack_narrow(const Matrix &b, int64_t depth, int64_t rank, float *panels) {
-    for (int64_t first = 0; first < rank; first += LANES, panels += depth * LANES)
-        for (int64_t k = 0; k < depth; ++k)
-            for (int64_t j = 0; j < LANES; ++j)
-                panels[k * LANES + j] = first + j < rank ? b.data[(first + j) * b.column + k * b.row] : 0.0f;
-}
-
-template <int64_t ROWS>
-void narrow_tile(int64_t high, int64_t depth, const float *x, const float *panel, float *sums) {
-    if constexpr (ROWS > 1)
-        if (high < ROWS) return narrow_tile<ROWS - 1>(high, depth, x, panel, sums);
-    tile<ROWS, 1>(depth, x, depth, 1, panel, LANES, sums, LANES, nullptr, 0);
+    for (int64_t first = 0; first < rank; first += LANES) pack_panel<1>(b, depth, rank, first, panels + first * depth);
 }
 
 // y (rows, rank) = factor x (rows, depth) B, for a B in panels.
@@ -30,7 +20,8 @@ void narrow_rows(int64_t rows, int64_t depth, int64_t rank, const float *x, cons
     for (int64_t row = 0; row < rows; row += NARROW) {
         const int64_t high = rows - row < NARROW ? rows - row : NARROW;
         for (int64_t first = 0; first < rank; first += LANES) {
-            narrow_tile<NARROW>(high, depth, x + row * depth, panels + first * depth, sums);
+            const Matrix strip{x + row * depth, depth, 1};
+            tile_of<NARROW, 1>(high, depth, strip, panels + first * depth, LANES, sums, LANES, nullptr, 0);
             const int64_t wide = rank - first < LANES ? rank - first : LANES;
             for (int64_t i = 0; i < high; ++i)
                 for (int64_t j = 0; j < wide; ++j) y[(row + i) * rank + first + j] = factor * sums[i * LANES + j];

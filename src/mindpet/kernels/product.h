@@ -62,9 +62,11 @@ inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
 #endif
 }
 
-// Panel (depth, PANEL) of B (depth, columns) times `factor` from its column `first`; zeros beyond the last one.
+// Panel (depth, REGISTERS LANES) of B (depth, columns) times `factor` from its column `first`, zeros beyond the last.
+template <int64_t REGISTERS = WIDE>
 inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel,
                        float factor = 1.0f) {
+    constexpr int64_t PANEL = REGISTERS * LANES;
     const int64_t width = columns - first < PANEL ? columns - first : PANEL;
     const float *from = b.data + first * b.column;
     int64_t k = 0;
@@ -112,13 +114,13 @@ struct Left {
     }
 };
 
-// C (high, PANEL) = start + A (high, depth) B; see tile. `high` is from 1 to ROWS.
-template <int64_t ROWS>
+// C (high, REGISTERS LANES) = start + A (high, depth) B; see tile. `high` is from 1 to ROWS.
+template <int64_t ROWS, int64_t REGISTERS = WIDE>
 inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b, int64_t b_row, float *c,
                     int64_t c_row, const float *start, int64_t start_row) {
     if constexpr (ROWS > 1)
-        if (high < ROWS) return tile_of<ROWS - 1>(high, depth, a, b, b_row, c, c_row, start, start_row);
-    tile<ROWS, WIDE>(depth, a.data, a.row, a.column, b, b_row, c, c_row, start, start_row);
+        if (high < ROWS) return tile_of<ROWS - 1, REGISTERS>(high, depth, a, b, b_row, c, c_row, start, start_row);
+    tile<ROWS, REGISTERS>(depth, a.data, a.row, a.column, b, b_row, c, c_row, start, start_row);
 }
 
 // C (rows, columns) = bias + A B, for a B (depth, columns) and a contiguous C. Returns 0, or 1 without memory.

@@ -8,8 +8,6 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -17,7 +15,7 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn, ops
 
 from mindpet import _checks, _compat
-from mindpet.graph.blocks import equal_blocks_as_one
+from mindpet.graph.blocks import first_call
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -98,20 +96,6 @@ class Step(nn.Cell):
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.network = network
         self.heads = network.prefix_slot.num_heads
-        self.met: set[tuple] = set()
-
-    @contextmanager
-    def compiling(self, size: int, cache: KeyValueCache) -> Iterator[None]:
-        """Around a call: the first one of a size, and with other buffers, compiles in graph mode."""
-        if not self.compile_cache:
-            self.met.clear()
-        call = size, self.training, *map(id, cache.buffers)
-        if call in self.met or not _compat.in_graph_mode():
-            yield
-            return
-        with equal_blocks_as_one(self):
-            yield
-        self.met.add(call)
 
     def construct(self, input_ids, positions, *buffers):
         batch, count = input_ids.shape
@@ -159,7 +143,7 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
-        with step.compiling(size, cache):
+        with first_call(step, (size, *map(id, cache.buffers))):
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits

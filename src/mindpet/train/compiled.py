@@ -19,19 +19,17 @@ from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import mindspore as ms
 from mindspore import Tensor, nn
 
 import mindpet
 from mindpet import _compat
-from mindpet.graph.blocks import equal_blocks_as_one
+from mindpet.graph.blocks import first_call
 from mindpet.graph.facts import Facts, NotKnown
 from mindpet.kernels import build
 
 _log = logging.getLogger("mindpet")
-_done: "WeakKeyDictionary[nn.Cell, set[tuple]]" = WeakKeyDictionary()  # what each was compiled for
 _KEPT = 100  # directories; the one that was not used for longest goes first
 
 
@@ -46,25 +44,17 @@ def compile_once(cell: nn.Cell, *inputs: Any) -> bool:
         not kept: without ``MINDPET_COMPILED=1``, in PyNative mode, for a cell with something in it that has no
         fingerprint.
     """
-    if not _compat.in_graph_mode():
-        return False
-    if not cell.compile_cache:
-        _done.pop(cell, None)
-    done = _done.setdefault(cell, set())
-    call = cell.training, *((each.shape, str(each.dtype)) if isinstance(each, Tensor) else None for each in inputs)
-    if call in done:
-        return False
-    with equal_blocks_as_one(cell):
-        found = _compile(cell, inputs)
-    done.add(call)
-    return found
+    call = tuple((each.shape, str(each.dtype)) if isinstance(each, Tensor) else None for each in inputs)
+    with first_call(cell, call) as first:
+        return first and _compile(cell, inputs)
 
 
 def _compile(cell: nn.Cell, inputs: tuple) -> bool:
+    """Compile; whether the graph was there already."""
+    if os.environ.get("MINDPET_COMPILED") != "1":
+        cell.compile(*inputs)
+        return False
     try:
-        if os.environ.get("MINDPET_COMPILED") != "1":
-            cell.compile(*inputs)
-            return False
         place = build.cache_directory() / "graphs" / fingerprint(cell, inputs)
         if place.is_dir():
             os.utime(place)
