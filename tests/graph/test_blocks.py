@@ -6,6 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 
 import mindpet
+from mindpet import _compat
 from mindpet.delta.registry import METHODS
 from mindpet.graph import blocks, facts
 from mindpet.models import BertConfig, BertForSequenceClassification, generate
@@ -245,3 +246,26 @@ def test_what_is_not_a_cell_is_refused():
         blocks.equal_blocks_as_one(lambda x: x),
     ):
         pass
+
+
+def test_a_graph_is_named_in_the_cells_below_when_it_is_compiled_and_not_at_each_call():
+    ms.set_context(mode=ms.GRAPH_MODE)
+
+    class Root(_compat.GraphCell):
+        def __init__(self):
+            super().__init__()
+            self.dense = nn.Dense(3, 2)
+
+        def construct(self, x):
+            return self.dense(x)
+
+    root, x = Root(), Tensor(np.ones((1, 3), np.float32))
+    root(x)
+    assert root.dense.compile_phase == root.compile_phase
+    root.dense._compile_phase = "another graph's"
+    root(x)
+    assert root.dense.compile_phase == "another graph's"
+    root.dense = nn.Dense(3, 2, weight_init="zeros", has_bias=False)
+    _compat.forget_compiled(root)
+    assert not root(x).asnumpy().any()
+    assert root.dense.compile_phase == root.compile_phase

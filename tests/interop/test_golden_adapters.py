@@ -75,8 +75,8 @@ def translated(case, tensors):
     return found
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_are_those_of_the_library(mode, case):
+def differences(case):
+    """The largest difference from the library of the logits, and of the gradient of each parameter by its name here."""
     expected = json.loads((GOLDEN / "adapters" / f"{case}.json").read_text())
     network = BertForSequenceClassification.from_pretrained(GOLDEN / "peft" / "base", num_labels=3)[0]
     inject(network.set_train(False), CASES[case][0])
@@ -84,7 +84,7 @@ def test_outputs_and_gradients_are_those_of_the_library(mode, case):
     for name, value in translated(case, expected["values"]).items():
         parameters[name].set_data(Tensor(value))
     inputs = [Tensor(np.array(rows, np.int32)) for rows in INPUTS.values()]
-    np.testing.assert_allclose(network(*inputs).asnumpy(), expected["logits"], atol=1e-5)
+    differ = {"logits": float(np.abs(network(*inputs).asnumpy() - expected["logits"]).max())}
     labels = Tensor([0, 2], ms.int32)
 
     def loss(*given):
@@ -98,4 +98,11 @@ def test_outputs_and_gradients_are_those_of_the_library(mode, case):
     wanted = translated(case, expected["gradients"])
     assert set(wanted) == {parameter.name for parameter in trained}
     for parameter, gradient in zip(trained, found):
-        np.testing.assert_allclose(gradient.asnumpy(), wanted[parameter.name], atol=1e-5, err_msg=parameter.name)
+        differ[parameter.name] = float(np.abs(gradient.asnumpy() - wanted[parameter.name]).max())
+    return differ
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_outputs_and_gradients_are_those_of_the_library(mode, case):
+    found = differences(case)
+    assert {name: error for name, error in found.items() if not error <= 1e-5} == {}

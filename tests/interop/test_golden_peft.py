@@ -81,8 +81,8 @@ def test_logits_equal_those_of_peft(mode, case):
     np.testing.assert_allclose(logits(load_peft(network(), GOLDEN / case)), EXPECTED[case]["logits"], atol=1e-5)
 
 
-@in_both_modes([case for case in CASES if case not in ENCODED])
-def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, case):
+def differences(case, directory):
+    """The largest difference from PEFT of the logits, and of the gradient of each parameter by its name there."""
     cell = load_peft(network(case), GOLDEN / case)
     parameters = cell.trainable_params()
     assert sum(parameter.size for parameter in parameters) == EXPECTED[case]["trains"]
@@ -96,15 +96,23 @@ def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, 
         return ops.cross_entropy(judged, labels), predicted
 
     gradients, (predicted,) = ops.grad(loss, None, ms.ParameterTuple(parameters), has_aux=True)(*inputs)
-    np.testing.assert_allclose(predicted.asnumpy(), EXPECTED[case]["logits"], atol=1e-5)
+    found = {"logits": float(np.abs(predicted.asnumpy() - EXPECTED[case]["logits"]).max())}
     for parameter, gradient in zip(parameters, gradients):
         parameter.set_data(gradient)
-    save_peft(cell, tmp_path)  # each gradient is where its parameter goes in the file
-    written = tensors(tmp_path)
+    save_peft(cell, directory)  # each gradient is where its parameter goes in the file
+    written = tensors(directory)
     for name, gradient in EXPECTED[case]["gradients"].items():
         if name in written or ".modules_to_save." not in name:
             gradient = np.reshape(gradient, written[name].shape)  # of no numbers at all, the list has no shape
-            np.testing.assert_allclose(written[name], gradient, atol=1e-5, err_msg=name)
+            found[name] = float(np.abs(written[name] - gradient).max(initial=0))
+    return found
+
+
+@in_both_modes([case for case in CASES if case not in ENCODED])
+def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, case):
+    found = differences(case, tmp_path)
+    assert len(found) > 1
+    assert {name: error for name, error in found.items() if not error <= 1e-5} == {}
 
 
 @pytest.mark.parametrize("case", CASES)

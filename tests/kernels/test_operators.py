@@ -220,13 +220,32 @@ def test_the_sum_of_squares_is_right(size, mode, rng):
         assert np.isnan(float(operators.SquareSum()(Tensor(x))))
 
 
-@pytest.mark.parametrize("mask", [(1, 1, 1), (2, 1, 1), (2, 1, 150), (1, 6, 150), (2, 6, 150)])
+def hiding(kind):
+    """A mask (2, 1, 150, 90) or (2, 1, 1, 90) that hides whole blocks of keys from blocks of queries."""
+    at, keys = np.arange(150)[:, None], np.arange(90)
+    hidden = {
+        "causal": keys > at,
+        "sliding": (keys > at) | (keys < at - 20),
+        "padded on the left": np.broadcast_to(keys < 40, (1, 90)),
+        "padded on the right": np.broadcast_to(keys > 50, (1, 90)),
+    }[kind]
+    mask = np.where(hidden, np.float32(-1e9), np.float32(0)) * np.ones((2, 1, 1, 1), np.float32)
+    mask[1, 0, :3] = 0  # another sample sees more
+    return mask
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [(1, 1, 1), (2, 1, 1), (2, 1, 150), (1, 6, 150), (2, 6, 150)]
+    + ["causal", "sliding", "padded on the left", "padded on the right"],
+    ids=str,
+)
 @pytest.mark.parametrize("drops", [False, True])
 def test_attention_of_more_queries_than_a_block(mask, drops, rng):
     """Against the same in MindSpore's operators, with the mask of dropout as a constant."""
     query = rng.standard_normal((2, 150, 6 * 20)).astype(np.float32)
     key, value = (rng.standard_normal((2, 90, 2 * 20)).astype(np.float32) for _ in range(2))
-    hidden = rng.standard_normal((*mask, 90)).astype(np.float32)
+    hidden = hiding(mask) if isinstance(mask, str) else rng.standard_normal((*mask, 90)).astype(np.float32)
     words = rng.integers(-(2**31), 2**31, 1 << 13).astype(np.int32)[: None if drops else 1]
     keys = np.array([12345, -678, -(2**30), 1], np.int32)
     factor = formulas.kept(words, keys, 2 * 6 * 150, 90).reshape(2, 6, 150, 90) * 1.25 if drops else np.ones(1)
@@ -277,6 +296,32 @@ def test_nan_goes_through_what_mixes_entries(mode, rng):
     slopes = ops.grad(Probed(operator), (1, 2))(ops.ones_like(Tensor(found)), *tensors(values))
     assert np.isnan(slopes[0].asnumpy()).sum() == 6
     assert np.isnan(slopes[1].asnumpy()[1, :, :6]).all()
+
+
+def causal_attention(key_scale, masked, rng):
+    """Query, key, value, mask and what attention() needs besides, of two heads and 100 tokens."""
+    query, key, value = (rng.standard_normal((1, 100, 8)).astype(np.float32) for _ in range(3))
+    mask = np.where(np.arange(100) > np.arange(100)[:, None], np.float32(masked), np.float32(0))[None, None]
+    return query, key * np.float32(key_scale), value, mask, np.zeros(1, np.int32), np.zeros(4, np.int32)
+
+
+def test_a_key_counts_whose_score_outweighs_the_mask(rng):
+    values = causal_attention(1000, -500, rng)
+    found = operators.Attention(2, 2, 0.3)(*tensors(values)).asnumpy()
+    wide = [value.astype(np.float64) if value.dtype == np.float32 else value for value in values]
+    np.testing.assert_allclose(found, formulas.attention(*wide, 2, 2, 0.3), atol=1e-4)
+    causal = formulas.attention(*wide[:3], np.where(wide[3] < 0, -1e9, 0), *wide[4:], 2, 2, 0.3)
+    assert np.abs(found - causal).max() > 1  # it is not what a mask that hides would give
+
+
+@pytest.mark.parametrize(("place", "bad"), [(1, np.nan), (2, np.nan), (2, np.inf)])
+def test_hidden_keys_and_values_that_are_no_numbers_come_through(place, bad, rng):
+    """As in MindSpore's operators: 0 times infinity is not 0."""
+    values = causal_attention(1, -1e9, rng)
+    values[place][0, 80, 0] = bad
+    found = operators.Attention(2, 2, 0.3)(*tensors(values)).asnumpy()
+    assert not np.isfinite(found[0, :, 0]).any()
+    assert np.isfinite(found[0, :, 4:]).all()
 
 
 def test_a_query_that_may_see_nothing_sees_all_alike():

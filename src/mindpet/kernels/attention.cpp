@@ -9,6 +9,7 @@ constexpr int64_t TILE_ROWS = LANES == 16 ? 12 : LANES == 8 ? 6 : 4;
 constexpr int64_t TILE_WIDE = 2, COLUMNS = TILE_WIDE * LANES;
 constexpr int64_t FEW_ROWS = 4;  // of a smaller tile, for the rows that are left over
 constexpr int64_t QUERIES = 96;  // in a block
+constexpr int64_t MASKED_QUERIES = 32;  // in a block where each query has its own row of the mask
 
 // `i` rows are done; the next ones, as many tiles of ROWS as fit.
 template <int64_t ROWS>
@@ -26,6 +27,7 @@ void multiply(int64_t rows, int64_t columns, int64_t depth, const float *a, int6
     for (int64_t j = 0; j < columns; j += COLUMNS) {
         int64_t i = 0;
         tiles<TILE_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
+        tiles<TILE_ROWS * 2 / 3>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
         tiles<FEW_ROWS>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
         tiles<1>(i, rows, depth, a, row, column, b + j, b_row, c + j, c_row, add);
     }
@@ -45,11 +47,32 @@ void pack(const float *x, int64_t x_row, int64_t rows, int64_t columns, float *y
 // y (columns, padded rows), the transpose, zeros on the right.
 void pack_transposed(const float *x, int64_t x_row, int64_t rows, int64_t columns, float *y) {
     const int64_t width = padded(rows);
+    const int64_t whole_rows = rows / LANES * LANES, whole_columns = columns / LANES * LANES;
+    for (int64_t i = 0; i < whole_rows; i += LANES)
+        for (int64_t j = 0; j < whole_columns; j += LANES) transpose(x + i * x_row + j, x_row, y + j * width + i, width);
     for (int64_t j = 0; j < columns; ++j) {
-        for (int64_t i = 0; i < rows; ++i) y[j * width + i] = x[i * x_row + j];
+        for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) y[j * width + i] = x[i * x_row + j];
         for (int64_t i = rows; i < width; ++i) y[j * width + i] = 0.0f;
     }
 }
+
+// The squared length of the longest row; NaN or infinite where an entry is.
+float longest(const float *x, int64_t x_row, int64_t rows, int64_t columns) {
+    float top = 0.0f, all = 0.0f;
+    for (int64_t i = 0; i < rows; ++i) {
+        float sum = 0.0f;
+#pragma omp simd reduction(+ : sum)
+        for (int64_t j = 0; j < columns; ++j) sum += x[i * x_row + j] * x[i * x_row + j];
+        top = sum > top ? sum : top;
+        all += sum;
+    }
+    return std::isfinite(all) ? top : all;
+}
+
+// The keys that a block of queries sees: [first, last), `first` and last - first multiples of COLUMNS or to the end.
+struct Seen {
+    int64_t first, last, width;
+};
 
 // query (batch, queries, heads * dim), key and value (batch, keys, groups * dim), mask (batch or 1, heads or 1,
 // queries or 1, keys), words (int32), dropout (int32: two keys, threshold, process), heads (int32: heads, groups),
@@ -87,18 +110,55 @@ struct Attention {
         fits = true;
     }
 
-    // Probabilities (rows, key_width) of a block of queries, before dropout; `transposed` is the packed key.
-    void probabilities(int64_t sample, int64_t head, int64_t first, int64_t rows, const float *transposed, float *p) const {
+    int64_t block() const { return steps.third ? MASKED_QUERIES : QUERIES; }
+
+    // How far a score may be from 0 is |q| |k| scale: keys whose probability is 0 for all of a block of queries, whatever
+    // their scores are, are left out at both ends. `reach` is longest() of the keys, or not finite where nothing may be.
+    Seen seen(int64_t sample, int64_t head, int64_t first, int64_t rows, float reach) const {
         const float *q = query + (sample * queries + first) * query_row + head * dim;
-        multiply(rows, key_width, dim, q, query_row, 1, transposed, key_width, p, key_width, false);
+        const float bound = 1.001f * std::abs(scale) * std::sqrt(longest(q, query_row, rows, dim) * reach);
+        if (!std::isfinite(bound)) return {0, keys, key_width};
+        int64_t begin = key_width, end = 0;  // what any query sees, in whole COLUMNS
+        for (int64_t i = 0; i < (steps.third ? rows : 1); ++i) {
+            const float *add = mask + steps.to(sample, head, first + i);
+            const float least = largest(add, keys) - 2.0f * bound - 88.0f;
+            const auto hidden = [&](int64_t j) {
+                const int64_t count = keys - j < COLUMNS ? keys - j : COLUMNS;
+                int visible = 0;
+#pragma omp simd reduction(+ : visible)
+                for (int64_t k = 0; k < count; ++k) visible += !(add[j + k] < least);
+                return visible == 0;
+            };
+            int64_t j = 0;
+            while (j < begin && hidden(j)) j += COLUMNS;
+            begin = j < begin ? j : begin;
+            for (j = key_width; j > end && hidden(j - COLUMNS);) j -= COLUMNS;
+            end = j > end ? j : end;
+        }
+        if (begin >= end) return {0, keys, key_width};
+        return {begin, end < keys ? end : keys, end - begin};
+    }
+
+    // Probabilities (rows, seen.width) of a block of queries, before dropout; `transposed` is the packed key.
+    void probabilities(int64_t sample, int64_t head, int64_t first, int64_t rows, const Seen &seen,
+                       const float *transposed, float *p) const {
+        const float *q = query + (sample * queries + first) * query_row + head * dim;
+        const int64_t count = seen.last - seen.first;
+        multiply(rows, seen.width, dim, q, query_row, 1, transposed + seen.first, key_width, p, key_width, false);
         for (int64_t i = 0; i < rows; ++i) {
             float *row = p + i * key_width;
-            const float *add = mask + steps.to(sample, head, first + i);
+            const float *add = mask + steps.to(sample, head, first + i) + seen.first;
 #pragma omp simd
-            for (int64_t j = 0; j < keys; ++j) row[j] = row[j] * scale + add[j];
-            softmax_row(row, keys);
-            for (int64_t j = keys; j < key_width; ++j) row[j] = 0.0f;
+            for (int64_t j = 0; j < count; ++j) row[j] = row[j] * scale + add[j];
+            softmax_row(row, count);
+            for (int64_t j = count; j < seen.width; ++j) row[j] = 0.0f;
         }
+    }
+
+    // longest() of a sample's keys of a group; not finite where one of its values is not: 0 times it is not 0.
+    float reach(int64_t begin) const {
+        const float values = longest(value + begin, key_row, keys, dim);
+        return std::isfinite(values) ? longest(key + begin, key_row, keys, dim) : values;
     }
 
     Dropout mask_of_dropout() const { return Dropout(words, pool, dropout, batch * heads * queries); }
@@ -140,19 +200,23 @@ KERNEL attention_forward(ARGUMENTS) {
         const int64_t begin = sample * self.keys * self.key_row + group * dim;
         pack_transposed(self.key + begin, self.key_row, self.keys, dim, key);
         pack(self.value + begin, self.key_row, self.keys, dim, value);
-        const int64_t each = self.heads / self.groups;
+        const float reach = self.reach(begin);
+        const int64_t each = self.heads / self.groups, block = self.block();
         for (int64_t head = group * each; head < (group + 1) * each; ++head)
-            for (int64_t first = 0; first < self.queries; first += QUERIES) {
-                const int64_t rows = self.queries - first < QUERIES ? self.queries - first : QUERIES;
-                self.probabilities(sample, head, first, rows, key, p);
+            for (int64_t first = 0; first < self.queries; first += block) {
+                const int64_t rows = self.queries - first < block ? self.queries - first : block;
+                const Seen seen = self.seen(sample, head, first, rows, reach);
+                self.probabilities(sample, head, first, rows, seen, key, p);
                 if (self.drops)
                     for (int64_t i = 0; i < rows; ++i) {
                         self.factors(sample, head, first + i, factor);
                         float *row = p + i * width;
+                        const float *with = factor + seen.first;
 #pragma omp simd
-                        for (int64_t j = 0; j < self.keys; ++j) row[j] *= factor[j];
+                        for (int64_t j = 0; j < seen.width; ++j) row[j] *= with[j];
                     }
-                multiply(rows, wide, self.keys, p, width, 1, value, wide, mixed, wide, false);
+                multiply(rows, wide, seen.last - seen.first, p, width, 1, value + seen.first * wide, wide, mixed, wide,
+                         false);
                 for (int64_t i = 0; i < rows; ++i)
                     std::memcpy(output + (sample * self.queries + first + i) * self.query_row + head * dim,
                                 mixed + i * wide, dim * sizeof(float));
@@ -183,15 +247,18 @@ KERNEL attention_backward(ARGUMENTS) {
         pack(self.key + begin, self.key_row, keys, dim, key);
         std::memset(key_sum, 0, 2 * keys * wide * sizeof(float));
         for (int64_t j = 0; j < width; ++j) factor[j] = 1.0f;
-        const int64_t each = self.heads / self.groups;
+        const float reach = self.reach(begin);
+        const int64_t each = self.heads / self.groups, block = self.block();
         for (int64_t head = group * each; head < (group + 1) * each; ++head)
-            for (int64_t first = 0; first < self.queries; first += QUERIES) {
-                const int64_t rows = self.queries - first < QUERIES ? self.queries - first : QUERIES;
+            for (int64_t first = 0; first < self.queries; first += block) {
+                const int64_t rows = self.queries - first < block ? self.queries - first : block;
+                const Seen seen = self.seen(sample, head, first, rows, reach);
+                const int64_t count = seen.last - seen.first;
                 const int64_t place = (sample * self.queries + first) * self.query_row + head * dim;
-                self.probabilities(sample, head, first, rows, key_across, p);
+                self.probabilities(sample, head, first, rows, seen, key_across, p);
                 pack(self.query + place, self.query_row, rows, dim, q);
                 pack(d_output + place, self.query_row, rows, dim, d_out);
-                multiply(rows, width, dim, d_out, wide, 1, value_across, width, d_p, width, false);
+                multiply(rows, seen.width, dim, d_out, wide, 1, value_across + seen.first, width, d_p, width, false);
                 for (int64_t i = 0; i < rows; ++i) {
                     if (self.drops) self.factors(sample, head, first + i, factor);
                     const float *out = output + place + i * self.query_row, *grad = d_out + i * wide;
@@ -199,16 +266,17 @@ KERNEL attention_backward(ARGUMENTS) {
 #pragma omp simd reduction(+ : dot)
                     for (int64_t j = 0; j < dim; ++j) dot += out[j] * grad[j];
                     float *row = p + i * width, *with = dropped + i * width, *slope = d_p + i * width;
+                    const float *each_factor = factor + seen.first;
 #pragma omp simd
-                    for (int64_t j = 0; j < keys; ++j) {
-                        with[j] = row[j] * factor[j];
-                        slope[j] = row[j] * (slope[j] * factor[j] - dot) * self.scale;
+                    for (int64_t j = 0; j < count; ++j) {
+                        with[j] = row[j] * each_factor[j];
+                        slope[j] = row[j] * (slope[j] * each_factor[j] - dot) * self.scale;
                     }
-                    for (int64_t j = keys; j < width; ++j) with[j] = slope[j] = 0.0f;
                 }
-                multiply(keys, wide, rows, dropped, 1, width, d_out, wide, value_sum, wide, true);
-                multiply(keys, wide, rows, d_p, 1, width, q, wide, key_sum, wide, true);
-                multiply(rows, wide, keys, d_p, width, 1, key, wide, d_q, wide, false);
+                const int64_t start = seen.first * wide;
+                multiply(count, wide, rows, dropped, 1, width, d_out, wide, value_sum + start, wide, true);
+                multiply(count, wide, rows, d_p, 1, width, q, wide, key_sum + start, wide, true);
+                multiply(rows, wide, count, d_p, width, 1, key + start, wide, d_q, wide, false);
                 for (int64_t i = 0; i < rows; ++i)
                     std::memcpy(d_query + place + i * self.query_row, d_q + i * wide, dim * sizeof(float));
             }

@@ -32,36 +32,6 @@ struct Matrix {
     Matrix from(int64_t i, int64_t k) const { return {data + i * row + k * column, row, column}; }
 };
 
-// y (LANES, LANES), whose rows are `y_row` apart, is the transpose of x, whose rows are `x_row` apart.
-inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
-#if defined(__GNUC__) && !defined(__clang__)
-    typedef int32_t Places __attribute__((vector_size(LANES * 4)));
-    Places low, high;  // of one entry of each of two registers in turn, from their first and from their second halves
-    for (int32_t i = 0; i < LANES; ++i) {
-        low[i] = i / 2 + i % 2 * static_cast<int32_t>(LANES);
-        high[i] = low[i] + static_cast<int32_t>(LANES) / 2;
-    }
-    Lanes now[LANES], next[LANES];
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i) now[i] = load(x + i * x_row);
-#pragma GCC unroll 4
-    for (int64_t done = 1; done < LANES; done *= 2) {
-#pragma GCC unroll 8
-        for (int64_t i = 0; i < LANES / 2; ++i) {
-            next[2 * i] = __builtin_shuffle(now[i], now[i + LANES / 2], low);
-            next[2 * i + 1] = __builtin_shuffle(now[i], now[i + LANES / 2], high);
-        }
-#pragma GCC unroll 16
-        for (int64_t i = 0; i < LANES; ++i) now[i] = next[i];
-    }
-#pragma GCC unroll 16
-    for (int64_t i = 0; i < LANES; ++i) store(y + i * y_row, now[i]);
-#else
-    for (int64_t i = 0; i < LANES; ++i)
-        for (int64_t j = 0; j < LANES; ++j) y[j * y_row + i] = x[i * x_row + j];
-#endif
-}
-
 // Panel (depth, REGISTERS LANES) of B (depth, columns) times `factor` from its column `first`, zeros beyond the last.
 template <int64_t REGISTERS = WIDE>
 inline void pack_panel(const Matrix &b, int64_t depth, int64_t columns, int64_t first, float *panel,

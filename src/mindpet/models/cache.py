@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn, ops
+from mindspore import Parameter, Tensor, ops
 
 from mindpet import _checks, _compat
 from mindpet.graph.blocks import first_call
@@ -89,7 +89,7 @@ class KeyValueCache:
         return buffer.asnumpy().reshape((self.batch, slot.num_heads, -1, slot.head_dim)).copy()
 
 
-class Step(nn.Cell):
+class Step(_compat.GraphCell):
     """The next n tokens of every row: ids and positions ``(batch, n)`` to logits ``(batch, vocabulary)``."""
 
     def __init__(self, network: "CausalLanguageModel"):

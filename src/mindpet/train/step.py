@@ -3,6 +3,7 @@
 from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
+from mindpet._compat import GraphCell
 from mindpet.delta.r_drop import IGNORED, RDropLoss, rdrop_repeat
 from mindpet.kernels import accelerate
 
@@ -45,7 +46,7 @@ class SummedLoss(nn.Cell):
         return self.cross_entropy(rows, labels.reshape((-1,))).sum(), count
 
 
-class SummedScores(nn.Cell):
+class SummedScores(GraphCell):
     """What a language model's scores are made of: the sum of the cross entropies, the hits, the labels that count."""
 
     def __init__(self, network: nn.Cell):
@@ -87,7 +88,7 @@ class SummedOverProcesses(nn.Cell):
         return outputs, summed[begin], summed[begin + 1]
 
 
-class TrainStep(nn.Cell):
+class TrainStep(GraphCell):
     """Gradient, mean over the labels that count, clipping to a global norm, update. Returns (mean loss, norm)."""
 
     def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer, clip_norm: float, processes: int = 1):
@@ -104,7 +105,7 @@ class TrainStep(nn.Cell):
         return ops.depend(total / count, norm), norm
 
 
-class AccumulateStep(nn.Cell):
+class AccumulateStep(GraphCell):
     """Adds the gradient of one small batch to buffers."""
 
     def __init__(self, loss: nn.Cell, optimizer: nn.Optimizer):
@@ -123,7 +124,7 @@ class AccumulateStep(nn.Cell):
         return ops.depend(ops.assign_add(self.count, count), done)
 
 
-class AppliedStep(nn.Cell):
+class AppliedStep(GraphCell):
     """One update from the buffers of an :class:`AccumulateStep`, which it empties. Returns (mean loss, norm)."""
 
     def __init__(self, accumulated: AccumulateStep, optimizer: nn.Optimizer, clip_norm: float, processes: int = 1):

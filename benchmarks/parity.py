@@ -1,0 +1,130 @@
+"""How far each method is from its oracle, and what it is made of: parity, parameters, lines of code.
+
+python -m benchmarks.parity [--json parity.json]
+    [--times times.json --comparison runs/compare/r8/comparison.json ...]
+
+The oracles are Hugging Face PEFT and the library adapters: tests/golden holds the weights, logits and gradients of
+small networks that they wrote. Printed is the largest absolute difference of the logits and of the gradients of what
+trains, over all cases of a method; both are of the order of 0.1 to 1 themselves. Of prompts with an encoder
+only the logits can be compared: PEFT's files do not hold the encoder.
+
+With the times of benchmarks/methods.py and the results of `mindpet compare`, the table of docs/methods/index.md is
+printed too.
+"""
+
+import argparse
+import ast
+import inspect
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tests.interop import test_golden_adapters as adapters
+from tests.interop import test_golden_peft as peft
+
+import mindpet
+from mindpet.delta import registry
+
+PACKAGE = Path(mindpet.__file__).parent
+ADAPTERS = {"phm": "compacter", "fusion": "adapter_fusion"}
+ENCODED = {"p_tuning": "p_tuning", "p_tuning_lstm": "p_tuning", "prefix_projection": "prefix"}
+OTHER_ORACLES = {  # what the tests hold a method against that is in neither library, or in another one
+    "low_rank_adapter": "formula",
+    "bitfit": "selects",
+    "lora_fa": "as lora",
+    "lora_plus": "as lora",
+    "qlora": "bitsandbytes",
+}
+
+
+def method_of(cell: object) -> str:
+    """The method that was injected last."""
+    config = vars(cell)["mindpet_injections"][-1].config
+    return next(name for name, method in registry.METHODS.items() if type(config) is method.config)
+
+
+def of_peft() -> dict[str, dict[str, dict[str, float]]]:
+    """Differences by method and case."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for case in peft.CASES:
+        cell = peft.load_peft(peft.network(case), peft.GOLDEN / case)
+        if case in peft.ENCODED:
+            error = {"logits": float(abs(peft.logits(cell) - peft.EXPECTED[case]["logits"]).max())}
+        else:
+            with tempfile.TemporaryDirectory() as directory:
+                error = peft.differences(case, Path(directory))
+        found.setdefault(ENCODED.get(case) or method_of(cell), {})[case] = error
+    return found
+
+
+def of_adapters() -> dict[str, dict[str, dict[str, float]]]:
+    """Differences by method and case."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for case in adapters.CASES:
+        found.setdefault(ADAPTERS.get(case, case), {})[case] = adapters.differences(case)
+    return found
+
+
+def lines_of_code(name: str) -> int:
+    """Lines of the method's own file that are neither empty nor a comment nor documentation."""
+    source = Path(str(inspect.getsourcefile(registry.METHODS[name].config))).read_text()
+    told: set[int] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            told.update(range(node.lineno, (node.end_lineno or node.lineno) + 1))
+    lines = enumerate(source.splitlines(), 1)
+    return sum(1 for number, line in lines if number not in told and line.strip() and line.strip()[0] != "#")
+
+
+def markdown(rows: dict[str, dict[str, Any]], times: dict[str, Any], compared: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of the documentation, the best accuracy first."""
+    head = ["method", "parity", "oracle", "trains on MiniLM", "step over LoRA", "R8 accuracy (%)", "lines"]
+    lines = [f"| {' | '.join(head)} |", "|---|---:|---|---:|---:|---:|---:|"]
+    for name in sorted(rows, key=lambda name: -compared.get(name, {}).get("mean", 0)):
+        row, result = rows[name], compared.get(name, {})
+        errors = [row[key] for key in ("logits", "gradients") if row.get(key) is not None]
+        cells = [
+            f"[{name}]({name}.md)",
+            f"{max(errors):.0e}" if errors else "",
+            row.get("oracle") or OTHER_ORACLES[name],
+            f"{result['trainable']:,} ({100 * result['share']:.3g}%)" if result else "",
+            f"{times[name]['ratio_to_lora']:.2f}" if name in times else "",
+            f"{100 * result['mean']:.2f} ± {100 * result['deviation']:.2f}" if result else "",
+            str(row["lines"]),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def main() -> None:
+    """Measure, print, and write JSON if asked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, default=None)
+    parser.add_argument("--times", type=Path, default=None, help="what benchmarks/methods.py wrote with --json")
+    parser.add_argument("--comparison", type=Path, nargs="+", default=(), help="what mindpet compare wrote")
+    options = parser.parse_args()
+    rows: dict[str, dict[str, Any]] = {}
+    compared = {"PEFT": of_peft(), "adapters": of_adapters()}
+    print(f"{'method':24}{'oracle':10}{'cases':>6}{'logits':>10}{'gradients':>11}{'lines':>7}")
+    for name in registry.METHODS:
+        row: dict[str, Any] = {"lines": lines_of_code(name)}
+        oracle = next((each for each, found in compared.items() if name in found), "")
+        if oracle:
+            cases = compared[oracle][name].values()
+            gradients = [error for case in cases for part, error in case.items() if part != "logits"]
+            row |= {"oracle": oracle, "cases": len(cases), "logits": max(case["logits"] for case in cases)}
+            row["gradients"] = max(gradients) if gradients else None
+        rows[name] = row
+        numbers = [f"{row[key]:.0e}" if row.get(key) is not None else "-" for key in ("logits", "gradients")]
+        print(f"{name:24}{oracle or '-':10}{row.get('cases', 0):>6}{numbers[0]:>10}{numbers[1]:>11}{row['lines']:>7}")
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if options.comparison:
+        times = json.loads(options.times.read_text())["methods"] if options.times else {}
+        results = [row for path in options.comparison for row in json.loads(path.read_text())["rows"]]
+        print("", *markdown(rows, times, {row["method"]: row for row in results}), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
