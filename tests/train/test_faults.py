@@ -1,10 +1,11 @@
-"""What may happen to a run: kills at any moment, a full disk, a second run in its directory, a clock that goes back."""
+"""What may happen to a run: kills, a full disk, no memory, a second run in its directory, a clock that goes back."""
 
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file
 
 from mindpet.train import run
 from mindpet.train.config import RunFileError, as_yaml, load_run
-from mindpet.train.fit import CHECKPOINT, read_metrics
+from mindpet.train.fit import CHECKPOINT, Reporter, read_metrics
 from mindpet.train.processes import lock_of
 from tests.tiny import overrides, sentences, write_model, write_rows
 
@@ -141,6 +142,42 @@ def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_
     assert failures
 
 
+class Hungry(Reporter):
+    """Asks for more memory than any machine has after the third step."""
+
+    def step(self, record):
+        if record["step"] == 3:
+            np.ones(1 << 46)
+
+
+def test_memory_that_does_not_suffice_is_said_and_the_run_goes_on(words, whole, tmp_path):
+    config = settings(words, tmp_path / "run")
+    with pytest.raises(run.OutOfMemory, match=r"memory after step 3\. The last save is intact(?s:.*)--resume"):
+        run.finetune(config, Hungry())
+    run.finetune(config, resume=True)
+    assert_same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spare", [0, 8])
+def test_a_run_that_gets_no_more_memory_loses_nothing(words, whole, tmp_path, spare):
+    """However MindSpore, its data pipeline and the tokenizer take it: some of them end the process."""
+    resource = pytest.importorskip("resource")
+    directory = tmp_path / "run"
+    command = [sys.executable, "-m", "mindpet", "finetune", *words, f"output.directory={directory}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while process.poll() is None and len(read_metrics(directory / "metrics.jsonl")) < 3:
+        time.sleep(0.01)
+    used = Path(f"/proc/{process.pid}/status").read_text().split("VmSize:")[1].split()[0]  # KiB
+    limit = int(used) * 1024 + (spare << 20)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (limit, limit))
+    said = process.communicate(timeout=300)[0]
+    if process.returncode:
+        assert "memory" in said.lower(), said
+        assert finetune(words, directory, "--resume").returncode == 0
+    assert_same_end(directory, whole)
+
+
 def quoted(word):
     return f"'{word}'"
 
@@ -173,8 +210,6 @@ def test_a_second_run_that_came_too_late_is_refused(words, tmp_path, monkeypatch
 
 
 def test_a_clock_that_goes_back_changes_nothing(whole, words, tmp_path, monkeypatch):
-    import time
-
     now = iter(range(2_000_000_000, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     run.finetune(settings(words, tmp_path / "run"))

@@ -7,11 +7,9 @@
             └── <output>/parallel/events.jsonl ◀──writes─┘
 """
 
-import base64
 import contextlib
 import json
 import os
-import pickle
 import re
 import shlex
 import signal
@@ -103,7 +101,7 @@ class _Job:
         outcomes = [one for rank in range(self.count) if "error" in (one := self.outcome(rank))]
         if not outcomes:
             return None
-        return pickle.loads(base64.b64decode(min(outcomes, key=lambda one: one["time"])["error"]))
+        return _again(**min(outcomes, key=lambda one: one["time"])["error"])
 
     def ended(self) -> tuple[int, str]:
         """(pid, how) of the first process that did not end well, as msrun says it; pid 0 if it says nothing."""
@@ -218,7 +216,7 @@ def work(run_file: str, flags: list[str]) -> int:
             finetune(load_run(run_file), _Events(events), "--resume" in flags, "--overwrite" in flags)
         except Exception as error:
             status = 0 if isinstance(error, _AGREED) else 1
-            outcome["error"] = base64.b64encode(_pickled(error)).decode()
+            outcome["error"] = _told(error)
             if status:
                 sys.excepthook(type(error), error, error.__traceback__)
     _files.write_json(place / f"outcome-{rank}.json", {**outcome, "time": time.time()})
@@ -262,13 +260,27 @@ def _read_events(path: Path, position: int) -> tuple[int, list[tuple[str, list[A
     return position + (len(whole) + 1 if whole else 0), [tuple(json.loads(line)) for line in lines]
 
 
-def _pickled(error: Exception) -> bytes:
-    try:
-        content = pickle.dumps(error)
-        pickle.loads(content)
-    except Exception:  # whatever an exception of somebody else's does
-        content = pickle.dumps(RuntimeError(f"{type(error).__name__}: {error}"))
-    return content
+def _told(error: Exception) -> dict[str, Any]:
+    """An exception as JSON holds it."""
+    kind = type(error)
+    args = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno else error.args
+    told = {"kind": f"{kind.__module__}.{kind.__qualname__}", "message": str(error), "args": list(args)}
+    return told if all(isinstance(value, (str, int, float, type(None))) for value in args) else {**told, "args": []}
+
+
+def _again(kind: str, message: str, args: list[Any]) -> Exception:
+    """The same exception, if its class is Python's or this package's; else a RuntimeError that says which it was."""
+    classes: list[type[Exception]] = [Exception]
+    for one in classes:
+        classes += one.__subclasses__()
+    for one in classes:
+        known = one.__module__ == "builtins" or one.__module__.partition(".")[0] == "mindpet"
+        if known and f"{one.__module__}.{one.__qualname__}" == kind:
+            with contextlib.suppress(Exception):  # some want other arguments than those that they keep
+                error = one(*args)
+                if str(error) == message:
+                    return error
+    return RuntimeError(f"{kind.removeprefix('builtins.')}: {message}")
 
 
 def _process(pid: int, created: float) -> psutil.Process | None:

@@ -1,13 +1,11 @@
 """The main job: tune, evaluate and use a network as a run file says."""
 
 import dataclasses
-import errno
 import os
-import shlex
+import re
 import statistics
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,39 +15,32 @@ from mindspore import nn
 
 from mindpet import _compat, _files
 from mindpet._checks import NothingFitsError
-from mindpet.delta.registry import method_named
 from mindpet.graph.deltas import load_delta
 from mindpet.graph.inject import count_parameters, inject
 from mindpet.kernels import accelerate
-from mindpet.models.prefix_start import PROJECTED_RATE, start_prefix
+from mindpet.models.prefix_start import start_prefix
 from mindpet.models.pretrained import family_of, open_pretrained
-from mindpet.parallel.group import Group, join, launched
-from mindpet.train.config import RunConfig, RunFileError, as_yaml, differences, load_run, method_config
+from mindpet.parallel.group import join, launched
+from mindpet.train import output_directory
+from mindpet.train.config import RunConfig, RunFileError, as_yaml, load_run, method_config
 from mindpet.train.data import DataError, Rows, encode
 from mindpet.train.dropout import dropouts
-from mindpet.train.fit import CHECKPOINT, CannotResume, Diverged, Fit, Interrupted, Progress, Reporter, read_metrics
+from mindpet.train.fit import CannotResume, Diverged, Fit, Interrupted, Progress, Reporter, read_metrics
 from mindpet.train.launch import launch
 from mindpet.train.metrics import LanguageScores, Scores, predict_logits, probabilities, scorer
 from mindpet.train.prepare import Prepared, held_out, open_model, prepare
-from mindpet.train.processes import lock_of
+from mindpet.train.rate import peak_learning_rate, starts_from_text, with_rate
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
-FULL_LEARNING_RATE = 1e-4
-_WRITTEN = (
-    *(f"{name}.json" for name in ("before", "data", "labels", "report")),
-    "run.yaml",
-    "metrics.jsonl",
-    "curve.png",
-    CHECKPOINT,
+_NO_MEMORY = re.compile(
+    r"MemoryError|bad_alloc|out of memory|alloc(ate)?\b.{0,30} fail|(not|isn't) enough|temporarily unavailable",
+    re.IGNORECASE,
 )
-_DELTA = ("delta.safetensors", "delta.json")
-_LOCK = ".writer.lock"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
 
 
-class CannotWrite(RuntimeError):
-    """The output directory takes no more; what was saved before is intact."""
+class OutOfMemory(RuntimeError):
+    """The machine has no more memory; what was saved before is intact."""
 
 
 class NothingDrops(RunFileError):
@@ -110,29 +101,6 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"model": model, "data": data, "output": output})
 
 
-def peak_learning_rate(config: RunConfig) -> float:
-    """The run file's, or the method's own."""
-    if config.train.learning_rate is not None:
-        return config.train.learning_rate
-    if starts_from_text(config) and method_config(config.method).projection:
-        return PROJECTED_RATE
-    return FULL_LEARNING_RATE if config.method.name == "full" else method_named(config.method.name).learning_rate
-
-
-def with_rate(config: RunConfig) -> RunConfig:
-    """The same run with its learning rate written down."""
-    return config.model_copy(
-        update={"train": config.train.model_copy(update={"learning_rate": peak_learning_rate(config)})}
-    )
-
-
-def starts_from_text(config: RunConfig) -> bool:
-    """Whether the run's method is a prefix that begins as the first training tokens would."""
-    wanted = config.train.prefix_start == "text" and config.method.name != "full"
-    chosen = wanted and method_named(config.method.name).name in ("prefix", "ptuning2")
-    return chosen and family_of(config.model.path).task == "language"
-
-
 def finetune(
     config: RunConfig, reporter: Reporter | None = None, resume: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
@@ -153,13 +121,14 @@ def finetune(
         RunFileError: the output directory holds a run, and neither `resume` nor `overwrite` is given; or another run
             writes into it at this moment.
         DataError, PretrainedFilesError: the inputs cannot be used.
-        CannotWrite: the output directory takes no more, for want of room for instance.
+        output_directory.CannotWrite: the output directory takes no more, for want of room for instance.
+        OutOfMemory: the machine's memory did not suffice.
         Interrupted, Diverged, CannotResume: see :meth:`mindpet.train.fit.Fit.run`.
     """
     reporter = reporter or Reporter()
     config = with_rate(with_absolute_paths(config))
     directory = Path(config.output.directory)
-    _check_directory(config, directory, resume, overwrite)
+    output_directory.check(config, directory, resume, overwrite)
     if config.parallel.processes > 1 and not launched():
         prepare(config, Reporter())  # what is wrong with the data is said at once, not by each process
         return launch(config, reporter, resume, overwrite)
@@ -184,7 +153,7 @@ def finetune(
     fit = Fit(network, config.train, peak_learning_rate(config), *rows, directory, scores, reporter, group=group)
     group.wait()  # all have looked at the directory
     with ExitStack() as held:
-        _enter(held, config, directory, resume, overwrite, group)
+        output_directory.enter(held, config, directory, resume, overwrite, group)
         progress, before, records = _fit(fit, config, prepared, resume, trainable / total)
         peak = group.gather(np.array([peak_memory_mib()])).max()
         if not group.leads:
@@ -218,69 +187,6 @@ def finetune(
         return report
 
 
-def _enter(held: ExitStack, config: RunConfig, directory: Path, resume: bool, overwrite: bool, group: Group) -> None:
-    """Let the leading process be the only one that writes into the directory, as long as `held` lasts.
-
-    Raises:
-        RunFileError, CannotResume: another run writes there, or was there meanwhile.
-    """
-    wrong: Exception | None = None
-    try:
-        if group.leads:
-            held.enter_context(_writable(directory))
-            held.enter_context(_only_writer(directory))
-            _check_directory(config, directory, resume, overwrite)
-    except (RunFileError, CannotResume, OSError) as error:
-        wrong = error
-    if group.any(wrong is not None):
-        if wrong is None:
-            time.sleep(1)  # the word of the leading process comes first
-        raise wrong or RunFileError(f"The leading process cannot write into {directory}.")
-
-
-@contextmanager
-def _only_writer(directory: Path) -> Iterator[None]:
-    """Nobody else writes into the directory.
-
-    Raises:
-        RunFileError: somebody does.
-    """
-    lock = lock_of(directory, _LOCK)
-    if lock is None:
-        raise RunFileError(
-            f"Another run writes into {directory} at this moment: wait for it, or choose another output.directory."
-        )
-    try:
-        second = lock_of(directory, _LOCK)
-        if second is None:  # locks keep others out here
-            _files.remove_leftovers(directory, *_WRITTEN)
-            _files.remove_leftovers(directory / "delta", *_DELTA)
-        else:
-            os.close(second)
-        yield
-    finally:
-        os.close(lock)
-
-
-@contextmanager
-def _writable(directory: Path) -> Iterator[None]:
-    """What keeps files from being written is told with what is saved.
-
-    Raises:
-        CannotWrite: the directory takes no more.
-    """
-    try:
-        yield
-    except OSError as error:
-        if not isinstance(error, _files.NotWrittenError) and error.errno not in _FULL:
-            raise
-        saved = (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file()
-        again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
-        intact = f"The last save is intact. When there is room, go on with: {again}"
-        hint = intact if saved else "Nothing was saved yet: begin again with --overwrite."
-        raise CannotWrite(f"{directory} cannot be written to: {error}.\n{hint}") from error
-
-
 def _fit(
     fit: Fit, config: RunConfig, prepared: Prepared, resume: bool, share: float
 ) -> tuple[Progress, dict[str, float], list[dict[str, Any]]]:
@@ -288,7 +194,7 @@ def _fit(
     directory, leads = fit.directory, fit.group.leads
     if not resume:
         if leads:
-            _begin_directory(directory, prepared)
+            output_directory.begin(directory, prepared)
         before = fit.evaluate().as_record()
         if leads:
             _files.write_json(directory / "before.json", before)
@@ -305,23 +211,18 @@ def _fit(
     try:
         progress = fit.run(resume)
     except BaseException as error:
-        with suppress(OSError):
+        with suppress(Exception):  # the run's own error is the one to tell
             draw()
         if isinstance(error, (Interrupted, Diverged)):
             fit.group.wait()  # the first process has still to draw
+        if isinstance(error, (MemoryError, RuntimeError)) and _NO_MEMORY.search(f"{type(error).__name__} {error}"):
+            raise OutOfMemory(
+                f"There was not enough memory after step {fit.progress.step}. {output_directory.way_on(directory)}\n"
+                "With less memory: begin anew with half of train.batch_size, twice train.accumulate, which is the same "
+                f"batch, or a smaller data.max_length.\n{error}"
+            ) from error
         raise
     return progress, before, draw()
-
-
-def _begin_directory(directory: Path, prepared: Prepared) -> None:
-    """Nothing of an older run stays; labels, and which rows are held out, are written down."""
-    for name in _WRITTEN:
-        (directory / name).unlink(missing_ok=True)
-    for name in _DELTA:
-        (directory / "delta" / name).unlink(missing_ok=True)
-    if prepared.labels:
-        _files.write_json(directory / "labels.json", prepared.labels)
-    _files.write_json(directory / "data.json", {"held_out": prepared.test.digest()})
 
 
 def read_run(directory: Path, overrides: list[str] | None = None) -> RunConfig:
@@ -414,29 +315,3 @@ def _usual_seconds(records: list[dict[str, Any]]) -> float:
 
 def _title(config: RunConfig, share: float) -> str:
     return f"{config.method.name} on {Path(config.model.path).name}: {share:.2%} of the parameters train"
-
-
-def _check_directory(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
-    """Refuse to write over a run, or to go on where there is none or another one.
-
-    Raises:
-        RunFileError, CannotResume: with what can be done.
-    """
-    there = directory / "run.yaml"
-    if not resume:
-        if there.exists() and not overwrite:
-            raise RunFileError(
-                f"{directory} holds a run already: go on with --resume, start anew with --overwrite, or choose another "
-                "output.directory."
-            )
-        return
-    if not there.is_file():
-        raise CannotResume(f"{directory} has no run.yaml: there is nothing to go on from.")
-    if (directory / "report.json").is_file():
-        raise CannotResume(f"The run in {directory} is finished; see its report.json.")
-    try:
-        changed = differences(with_rate(load_run(there)), config)
-    except RunFileError as error:
-        raise CannotResume(f"It cannot be told what the run in {directory} was. {error}") from error
-    if changed:
-        raise CannotResume(f"The run in {directory} was begun with other settings:\n  " + "\n  ".join(changed))

@@ -13,6 +13,7 @@ from mindpet.delta.registry import METHODS, method_named
 from mindpet.train import run
 from mindpet.train.comparison.cells import Cell
 from mindpet.train.config import RunConfig, RunFileError, _in_words, method_problems
+from mindpet.train.rate import peak_learning_rate, with_rate
 
 R_DROP = "r_drop"
 R_DROP_ALPHA = 4.0  # the default of RDropLoss, for run files that give none
@@ -45,7 +46,7 @@ class Plan:
         cells = []
         common = self.variants[name]
         for factor in dict.fromkeys(self.config.compare.grid):
-            rate = float(f"{run.peak_learning_rate(common) * factor:.3g}")
+            rate = float(f"{peak_learning_rate(common) * factor:.3g}")
             config = changed(common, data=data, train={"learning_rate": rate})
             place = f"search/rate-{rate:g}"
             cells.append(self._cell(name, f"rate {rate:g}", place, config, self.config.train.seed))
@@ -162,4 +163,4 @@ def _variant(config: RunConfig, name: str, settings: dict[str, dict[str, Any]], 
         common = config
         wrong += [_in_words(entry) for entry in error.errors()]
     problems += [f"compare.settings.{name}: {words}" for words in wrong]
-    return common if wrong else run.with_rate(common)
+    return common if wrong else with_rate(common)
