@@ -43,6 +43,15 @@ def in_graph_mode() -> bool:
     return ms.get_context("mode") == ms.GRAPH_MODE
 
 
+def run_jitted_graphs_at_once() -> None:
+    """In PyNative mode, on a CPU, run a graph of ``ms.jit`` when it is called, unless the user has chosen.
+
+    By default MindSpore puts it into a queue and then waits for the queue in a loop, which takes a core from the graph.
+    """
+    if device_target() == "CPU" and not in_graph_mode():
+        os.environ.setdefault("MS_DEV_JIT_PIPELINE", "0")  # read at each call
+
+
 def in_parallel_compile_mode() -> bool:
     """Whether operators are cut by their strategies: only these two modes read them."""
     return ms.get_auto_parallel_context("parallel_mode") in ("semi_auto_parallel", "auto_parallel")

@@ -1,6 +1,7 @@
 """A network with the kernels in it is the same network: outputs, gradients, names, what trains."""
 
 import copy
+import os
 
 import mindspore as ms
 import numpy as np
@@ -212,6 +213,25 @@ def test_what_runs_under_jit_in_pynative_mode_gets_the_products_too(rng):
     for theirs, ours in zip(*found, strict=True):
         scale = np.abs(theirs.asnumpy()).max()
         np.testing.assert_allclose(ours.asnumpy() / scale, theirs.asnumpy() / scale, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("mode", "compiled", "before", "after"),
+    [
+        ("pynative", True, None, "0"),
+        ("pynative", True, "1", "1"),
+        ("pynative", None, None, None),
+        ("graph", True, None, None),
+    ],
+    indirect=["mode"],
+)
+def test_a_jitted_graph_runs_when_it_is_called(mode, compiled, before, after, monkeypatch):
+    """The thread that would wait for MindSpore's queue takes a core; who chose the queue keeps it."""
+    monkeypatch.setenv("MS_DEV_JIT_PIPELINE", before or "")  # so that it is put back afterwards
+    if before is None:
+        monkeypatch.delenv("MS_DEV_JIT_PIPELINE")
+    mindpet.accelerate(Wide(), compiled=compiled)
+    assert os.environ.get("MS_DEV_JIT_PIPELINE") == after
 
 
 @pytest.mark.parametrize("trains", [False, True])

@@ -60,7 +60,8 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
     Args:
         network: any Cell, a loss around a network too.
         compiled: whether it will run in a graph: in graph mode, or in PyNative mode within ``ms.jit``. None for what
-            the mode is now.
+            the mode is now. In PyNative mode True sets ``MS_DEV_JIT_PIPELINE=0`` in the environment, unless it is set:
+            the thread that waits for a jitted graph would take a core from it.
 
     Returns:
         The same network.
@@ -79,6 +80,8 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
         compiled = _compat.in_graph_mode()
     if _compat.in_parallel_compile_mode() or not build.available():
         return network
+    if compiled:
+        _compat.run_jitted_graphs_at_once()
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
 
     def fast(cell: nn.Cell, make: Callable[[Any], nn.Cell]) -> nn.Cell:
