@@ -8,8 +8,8 @@ small networks that they wrote. Printed is the largest absolute difference of th
 trains, over all cases of a method; both are of the order of 0.1 to 1 themselves. Of prompts with an encoder
 only the logits can be compared: PEFT's files do not hold the encoder.
 
-With the times of benchmarks/methods.py and the results of `mindpet compare`, the table of docs/methods/index.md is
-printed too.
+With the times of benchmarks/methods.py and the results of `mindpet compare`, the table of docs/methods/measured.md is
+printed too, and src/mindpet/train/measured.json is written, which `mindpet methods` reads.
 """
 
 import argparse
@@ -77,24 +77,41 @@ def lines_of_code(name: str) -> int:
     return sum(1 for number, line in lines if number not in told and line.strip() and line.strip()[0] != "#")
 
 
-def markdown(rows: dict[str, dict[str, Any]], times: dict[str, Any], compared: dict[str, dict[str, Any]]) -> list[str]:
+def markdown(rows: dict[str, Any], times: dict[str, Any], compared: dict[str, Any]) -> list[str]:
     """The table of the documentation, the best accuracy first."""
-    head = ["method", "parity", "oracle", "trains on MiniLM", "step over LoRA", "R8 accuracy (%)", "lines"]
-    lines = [f"| {' | '.join(head)} |", "|---|---:|---|---:|---:|---:|---:|"]
+    head = [
+        "method",
+        "parity",
+        "oracle",
+        "trains on MiniLM",
+        "static MiB",
+        "step over LoRA",
+        "R8 accuracy (%)",
+        "lines",
+    ]
+    lines = [f"| {' | '.join(head)} |", "|---|---:|---|---:|---:|---:|---:|---:|"]
     for name in sorted(rows, key=lambda name: -compared.get(name, {}).get("mean", 0)):
         row, result = rows[name], compared.get(name, {})
         errors = [row[key] for key in ("logits", "gradients") if row.get(key) is not None]
-        cells = [
+        words = [
             f"[{name}]({name}.md)",
             f"{max(errors):.0e}" if errors else "",
             row.get("oracle") or OTHER_ORACLES[name],
             f"{result['trainable']:,} ({100 * result['share']:.3g}%)" if result else "",
-            f"{times[name]['ratio_to_lora']:.2f}" if name in times else "",
-            f"{100 * result['mean']:.2f} ± {100 * result['deviation']:.2f}" if result else "",
+            *cells(times.get(name), result).values(),
             str(row["lines"]),
         ]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join(words)} |")
     return lines
+
+
+def cells(time: dict[str, Any] | None, result: dict[str, Any] | None) -> dict[str, str]:
+    """What was measured of a method, as tables show it."""
+    return {
+        "static MiB": f"{result['static_mib']:.0f}" if result else "",
+        "step over LoRA": f"{time['ratio_to_lora']:.2f}" if time else "",
+        "R8 accuracy (%)": f"{100 * result['mean']:.2f} ± {100 * result['deviation']:.2f}" if result else "",
+    }
 
 
 def main() -> None:
@@ -123,7 +140,10 @@ def main() -> None:
     if options.comparison:
         times = json.loads(options.times.read_text())["methods"] if options.times else {}
         results = [row for path in options.comparison for row in json.loads(path.read_text())["rows"]]
-        print("", *markdown(rows, times, {row["method"]: row for row in results}), sep="\n")
+        found = {row["method"]: row for row in results}
+        print("", *markdown(rows, times, found), sep="\n")
+        measured = {name: cells(times.get(name), found.get(name)) for name in ("full", *rows)}
+        (PACKAGE / "train" / "measured.json").write_text(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -142,6 +142,17 @@ def test_the_table_of_methods_is_what_the_registry_says():
         assert cells == [f"[{name}]({name}.md)", *rest[:-1]]
 
 
+def test_the_page_of_what_was_measured_says_what_the_command_line_does():
+    from mindpet.train.artifacts import methods_table
+
+    page = (ROOT / "docs" / "methods" / "measured.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in page.splitlines() if line[:3] == "| ["]
+    said = {row[0].partition("]")[0][1:]: row[4:7] for row in rows}
+    fields = ("static MiB", "step over LoRA", "R8 accuracy (%)")
+    assert said == {row["method"]: [row[field] for field in fields] for row in methods_table()}
+    assert sum(all(values) for values in said.values()) >= 31  # AdapterFusion has no time
+
+
 def test_the_page_on_the_run_file_is_what_its_script_makes():
     from dataclasses import fields
 

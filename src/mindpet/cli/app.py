@@ -456,7 +456,7 @@ def plan(
 def methods(
     name: Annotated[str | None, typer.Argument(help="One of them, for its options and their defaults.")] = None,
 ) -> None:
-    """List the methods: what each trains and adapts, whether it merges, whether PEFT has it; or tell all of one.
+    """List the methods: what each trains, adapts, takes and reaches, if it merges, if PEFT has it; or tell of one.
 
     Examples:
       mindpet methods
@@ -465,14 +465,19 @@ def methods(
     """
     with _readable_errors():
         from mindpet.cli.screen import Screen, print_rows
-        from mindpet.train.artifacts import by_whom, method_options, methods_table
+        from mindpet.train.artifacts import by_whom, measured, method_options, methods_table
         from mindpet.train.counters import method_key
 
         console = Screen().console
         if name is None:
             rows = [{**row, "paper": by_whom(row["paper"])} for row in methods_table()]
-            print_rows(console, rows, spared=("paper", "adapts", "learning rate"))
-            console.print("The options of one: mindpet methods NAME. The share is of BERT-base's parameters.")
+            print_rows(console, rows, spared=("paper", "adapts", "learning rate", "static MiB", "PEFT"))
+            full = ", ".join(measured("full").values())
+            console.print(
+                "The share is of BERT-base's parameters. Measured on MiniLM: memory of weights and optimizer, time of "
+                f"a step over LoRA's, accuracy on Reuters R8 of three seeds; full fine-tuning: {full}.\n"
+                "The options of one: mindpet methods NAME"
+            )
             return
         options = method_options(name)  # an unknown name is said at once
         for key, value in next(row for row in methods_table() if row["method"] == method_key(name)).items():

@@ -1,6 +1,7 @@
 """What can be done around a run: look at a network before tuning it, and take the result elsewhere."""
 
 import dataclasses
+import json
 import os
 import re
 import shutil
@@ -247,9 +248,20 @@ def _require_empty(target: str | Path, *names: str) -> None:
 def methods_table() -> list[dict[str, str]]:
     """One row for each method of the registry, for people to choose from.
 
-    What trains is counted with the usual options on BERT-base-Chinese; of `trainable_tokens`, one row.
+    What trains is counted with the usual options on BERT-base-Chinese; of `trainable_tokens`, one row. The measured
+    figures are of MiniLM: docs/methods/measured.md.
     """
     return [_method_row(method) for method in METHODS.values()]
+
+
+def measured(name: str) -> dict[str, str]:
+    """Memory, time and accuracy of a method or of full fine-tuning, as benchmarks/parity.py put them together.
+
+    >>> sorted(measured("full"))
+    ['R8 accuracy (%)', 'static MiB', 'step over LoRA']
+    """
+    found = json.loads(Path(__file__).with_name("measured.json").read_text("utf-8"))
+    return found.get(name) or dict.fromkeys(found["full"], "")
 
 
 def by_whom(paper: str) -> str:
@@ -298,6 +310,7 @@ def _method_row(method: Method) -> dict[str, str]:
         "adapts": ", ".join(sorted(kinds)) or "nothing: it selects",
         "merges": "yes" if any(hasattr(layer, "delta_weight") for layer in layers) else "no",
         "PEFT": peft_kind(method) or "no",
+        **measured(method.name),
         "learning rate": f"{method.learning_rate:g}",
         "paper": method.paper,
     }
