@@ -20,6 +20,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tests.interop import test_golden_adapters as adapters
 from tests.interop import test_golden_peft as peft
 
@@ -95,7 +96,7 @@ def markdown(rows: dict[str, Any], times: dict[str, Any], compared: dict[str, An
         errors = [row[key] for key in ("logits", "gradients") if row.get(key) is not None]
         words = [
             f"[{name}]({name}.md)",
-            f"{max(errors):.0e}" if errors else "",
+            f"{np.max(errors):.0e}" if errors else "",
             row.get("oracle") or OTHER_ORACLES[name],
             f"{result['trainable']:,} ({100 * result['share']:.3g}%)" if result else "",
             *cells(times.get(name), result).values(),
@@ -121,6 +122,8 @@ def main() -> None:
     parser.add_argument("--times", type=Path, default=None, help="what benchmarks/methods.py wrote with --json")
     parser.add_argument("--comparison", type=Path, nargs="+", default=(), help="what mindpet compare wrote")
     options = parser.parse_args()
+    if bool(options.times) != bool(options.comparison):
+        parser.error("--times and --comparison belong together")
     rows: dict[str, dict[str, Any]] = {}
     compared = {"PEFT": of_peft(), "adapters": of_adapters()}
     print(f"{'method':24}{'oracle':10}{'cases':>6}{'logits':>10}{'gradients':>11}{'lines':>7}")
@@ -130,15 +133,15 @@ def main() -> None:
         if oracle:
             cases = compared[oracle][name].values()
             gradients = [error for case in cases for part, error in case.items() if part != "logits"]
-            row |= {"oracle": oracle, "cases": len(cases), "logits": max(case["logits"] for case in cases)}
-            row["gradients"] = max(gradients) if gradients else None
+            row |= {"oracle": oracle, "cases": len(cases), "logits": float(np.max([case["logits"] for case in cases]))}
+            row["gradients"] = float(np.max(gradients)) if gradients else None
         rows[name] = row
         numbers = [f"{row[key]:.0e}" if row.get(key) is not None else "-" for key in ("logits", "gradients")]
         print(f"{name:24}{oracle or '-':10}{row.get('cases', 0):>6}{numbers[0]:>10}{numbers[1]:>11}{row['lines']:>7}")
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
     if options.comparison:
-        times = json.loads(options.times.read_text())["methods"] if options.times else {}
+        times = json.loads(options.times.read_text())["methods"]
         results = [row for path in options.comparison for row in json.loads(path.read_text())["rows"]]
         found = {row["method"]: row for row in results}
         print("", *markdown(rows, times, found), sep="\n")

@@ -1,7 +1,6 @@
 """The only file that touches what is private or version-bound in MindSpore (2.7 to 2.10)."""
 
 import copy
-import gc
 import math
 import os
 from collections.abc import Iterator
@@ -44,11 +43,11 @@ def in_graph_mode() -> bool:
 
 
 def run_jitted_graphs_at_once() -> None:
-    """In PyNative mode, on a CPU, run a graph of ``ms.jit`` when it is called, unless the user has chosen.
+    """In PyNative mode run a graph of ``ms.jit`` when it is called, unless the user has chosen.
 
     By default MindSpore puts it into a queue and then waits for the queue in a loop, which takes a core from the graph.
     """
-    if device_target() == "CPU" and not in_graph_mode():
+    if not in_graph_mode():
         os.environ.setdefault("MS_DEV_JIT_PIPELINE", "0")  # read at each call
 
 
@@ -144,7 +143,9 @@ class GraphCell(nn.Cell):
 
     @compile_phase.setter
     def compile_phase(self, value):
-        if value not in self.compile_cache:
+        if value in self.compile_cache:
+            self._compile_phase = value  # the cells below keep the name of the graph that was compiled last
+        else:
             nn.Cell.compile_phase.fset(self, value)
 
 
@@ -154,18 +155,12 @@ def forget_compiled(network: nn.Cell) -> None:
     That holds for the network, for what is in it, for every Cell around it (a loss, a training step), and for functions
     under ``ms.jit``, whose graphs are kept in one place for all.
     """
-    kinds = _classes_below(nn.Cell)
-    for cell in [each for each in gc.get_objects() if id(type(each)) in kinds]:
+    for cell in list(nn.Cell.global_cells):  # all that there are
         if getattr(cell, "compile_cache", None) and any(inner is network for _, inner in cell.cells_and_names()):
             cell.compile_cache.clear()
     for _, cell in network.cells_and_names():
         cell.compile_cache.clear()
     getattr(api, "ms_compile_cache", set()).clear()
-
-
-def _classes_below(kind: type) -> set[int]:
-    """The ids of a class and of all that derive from it: to look one up is faster than to ask what each object is."""
-    return set().union({id(kind)}, *map(_classes_below, kind.__subclasses__()))
 
 
 def forced_dtype(cell: nn.Cell) -> Any:

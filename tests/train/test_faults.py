@@ -1,5 +1,6 @@
 """What may happen to a run: kills, a full disk, no memory, a second run in its directory, a clock that goes back."""
 
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from safetensors.numpy import load_file
 
 from mindpet.train import run
 from mindpet.train.config import RunFileError, as_yaml, load_run
-from mindpet.train.fit import CHECKPOINT, Reporter, read_metrics
+from mindpet.train.fit import CHECKPOINT, Interrupted, Reporter, read_metrics
+from mindpet.train.output_directory import OutOfMemory, enough_memory
 from mindpet.train.processes import lock_of
 from tests.tiny import overrides, sentences, write_model, write_rows
 
@@ -152,13 +154,35 @@ class Hungry(Reporter):
 
 def test_memory_that_does_not_suffice_is_said_and_the_run_goes_on(words, whole, tmp_path):
     config = settings(words, tmp_path / "run")
-    with pytest.raises(run.OutOfMemory, match="The last save is intact") as raised:
+    with pytest.raises(OutOfMemory, match="The last save is intact") as raised:
         run.finetune(config, Hungry())
     said = str(raised.value).replace(str(tmp_path / "run"), "runs/a")
     page = (HERE.parents[1] / "docs" / "troubleshooting.md").read_text()
     assert "\n".join(said.splitlines()[:2]) in page
     run.finetune(config, resume=True)
     assert_same_end(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), True),
+        (OSError(errno.ENOMEM, "Cannot allocate memory"), True),
+        (RuntimeError("Failed to allocate memory of 3 GB"), True),
+        (RuntimeError("std::bad_alloc"), True),
+        (RuntimeError("Device(id:0) memory isn't enough and alloc failed"), True),
+        (RuntimeError("can't start new thread"), True),
+        (RuntimeError("The number of devices is not enough"), False),
+        (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), False),
+        (Interrupted("Stopped; it is saved in 'out of memory test'"), False),
+        (ValueError("out of memory"), False),
+    ],
+    ids=str,
+)
+def test_what_is_told_as_a_lack_of_memory(error, told, tmp_path):
+    with pytest.raises(OutOfMemory if told else type(error)) as raised, enough_memory(tmp_path):
+        raise error
+    assert ("Nothing was saved yet: begin again with --overwrite." in str(raised.value)) == told
 
 
 @pytest.mark.slow

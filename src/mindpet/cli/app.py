@@ -625,7 +625,7 @@ def _readable_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.secho("Interrupted.", fg="yellow", err=True)
         raise typer.Exit(130) from None
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if os.environ.get("MINDPET_TRACEBACK"):
             raise
         code = getattr(error, "exit_code", 1)  # 130 interrupted, 2 a wrong run file

@@ -23,7 +23,11 @@ from mindpet.utils.version_control import get_dropout
 
 @dataclass(frozen=True, kw_only=True)
 class DoRAConfig(LoRAConfig):
-    """DoRA on every targeted dense layer: the options of LoRA, of whose starts ``pissa`` and ``olora`` are not here."""
+    """DoRA on every targeted dense layer: the options of LoRA, of whose starts ``pissa`` and ``olora`` are not here.
+
+    Attributes:
+        start: where A and B start: ``kaiming``, ``gaussian`` or ``orthogonal``.
+    """
 
     starts = ("kaiming", "gaussian", "orthogonal")
 

@@ -23,7 +23,11 @@ from mindpet.utils.version_control import get_dropout
 
 @dataclass(frozen=True, kw_only=True)
 class LoRAFAConfig(LoRAConfig):
-    """LoRA-FA on every targeted dense layer: the options of LoRA, but A starts ``kaiming`` or ``gaussian``."""
+    """LoRA-FA on every targeted dense layer: the options of LoRA, but A starts ``kaiming`` or ``gaussian``.
+
+    Attributes:
+        start: where A and B start: ``kaiming`` or ``gaussian``.
+    """
 
     starts = ("kaiming", "gaussian")
 

@@ -33,6 +33,7 @@ class QLoRAConfig(LoRAConfig):
         bits: what a weight becomes: ``nf4``, 4 bits on levels for normally distributed numbers, or ``int8``.
         block_size: entries with one scale; even.
         double_quantisation: whether the scales are quantised, too: 0.13 bits a weight for 0.5 in blocks of 64.
+        start: where A and B start: ``kaiming``, ``gaussian`` or ``orthogonal``.
         loftq_iterations: with 0, A and B start as `start` says. Otherwise quantisation and a singular value
             decomposition of what it loses take so many turns, and A and B start at the last one (LoftQ; the paper has
             1 to 5).

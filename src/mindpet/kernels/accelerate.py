@@ -60,8 +60,8 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
     Args:
         network: any Cell, a loss around a network too.
         compiled: whether it will run in a graph: in graph mode, or in PyNative mode within ``ms.jit``. None for what
-            the mode is now. In PyNative mode True sets ``MS_DEV_JIT_PIPELINE=0`` in the environment, unless it is set:
-            the thread that waits for a jitted graph would take a core from it.
+            the mode is now. Where there are kernels, True in PyNative mode sets ``MS_DEV_JIT_PIPELINE=0`` in the
+            environment, unless it is set: the thread that waits for a jitted graph would take a core from it.
 
     Returns:
         The same network.

@@ -121,7 +121,8 @@ struct Attention {
         int64_t begin = key_width, end = 0;  // what any query sees, in whole COLUMNS
         for (int64_t i = 0; i < (steps.third ? rows : 1); ++i) {
             const float *add = mask + steps.to(sample, head, first + i);
-            const float least = largest(add, keys) - 2.0f * bound - 88.0f;
+            const float most = largest(add, keys);  // with a score, rounded to the nearest that a float holds
+            const float least = most - 2.0f * bound - 88.0f - 5e-7f * std::abs(most);
             const auto hidden = [&](int64_t j) {
                 const int64_t count = keys - j < COLUMNS ? keys - j : COLUMNS;
                 int visible = 0;
@@ -151,7 +152,6 @@ struct Attention {
 #pragma omp simd
             for (int64_t j = 0; j < count; ++j) row[j] = row[j] * scale + add[j];
             softmax_row(row, count);
-            for (int64_t j = count; j < seen.width; ++j) row[j] = 0.0f;
         }
     }
 
@@ -213,7 +213,7 @@ KERNEL attention_forward(ARGUMENTS) {
                         float *row = p + i * width;
                         const float *with = factor + seen.first;
 #pragma omp simd
-                        for (int64_t j = 0; j < seen.width; ++j) row[j] *= with[j];
+                        for (int64_t j = 0; j < seen.last - seen.first; ++j) row[j] *= with[j];
                     }
                 multiply(rows, wide, seen.last - seen.first, p, width, 1, value + seen.first * wide, wide, mixed, wide,
                          false);
@@ -252,9 +252,10 @@ KERNEL attention_backward(ARGUMENTS) {
         for (int64_t head = group * each; head < (group + 1) * each; ++head)
             for (int64_t first = 0; first < self.queries; first += block) {
                 const int64_t rows = self.queries - first < block ? self.queries - first : block;
-                const Seen seen = self.seen(sample, head, first, rows, reach);
-                const int64_t count = seen.last - seen.first;
                 const int64_t place = (sample * self.queries + first) * self.query_row + head * dim;
+                const float slope = longest(d_output + place, self.query_row, rows, dim);
+                const Seen seen = self.seen(sample, head, first, rows, std::isfinite(slope) ? reach : slope);
+                const int64_t count = seen.last - seen.first;
                 self.probabilities(sample, head, first, rows, seen, key_across, p);
                 pack(self.query + place, self.query_row, rows, dim, q);
                 pack(d_output + place, self.query_row, rows, dim, d_out);

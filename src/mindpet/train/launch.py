@@ -262,14 +262,17 @@ def _read_events(path: Path, position: int) -> tuple[int, list[tuple[str, list[A
 
 def _told(error: Exception) -> dict[str, Any]:
     """An exception as JSON holds it."""
-    kind = type(error)
-    args = [error.errno, error.strerror, error.filename] if isinstance(error, OSError) and error.errno else error.args
-    told = {"kind": f"{kind.__module__}.{kind.__qualname__}", "message": str(error), "args": list(args)}
+    kind, message, args = type(error), str(error), error.args
+    if isinstance(error, OSError) and error.errno:
+        first, second = (os.fspath(n) if isinstance(n, os.PathLike) else n for n in (error.filename, error.filename2))
+        args = (error.errno, error.strerror, first, *([] if second is None else [None, second]))
+        message = str(OSError(*args))
+    told = {"kind": f"{kind.__module__}.{kind.__qualname__}", "message": message, "args": list(args)}
     return told if all(isinstance(value, (str, int, float, type(None))) for value in args) else {**told, "args": []}
 
 
 def _again(kind: str, message: str, args: list[Any]) -> Exception:
-    """The same exception, if its class is Python's or this package's; else a RuntimeError that says which it was."""
+    """The same, if it is Python's or this package's and made from its arguments; else a RuntimeError that names it."""
     classes: list[type[Exception]] = [Exception]
     for one in classes:
         classes += one.__subclasses__()

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shlex
 import time
 from collections.abc import Iterator
@@ -25,11 +26,20 @@ _WRITTEN = (
 )
 _DELTA = ("delta.safetensors", "delta.json")
 _LOCK = ".writer.lock"
+_NO_MEMORY = re.compile(
+    r"bad_alloc|out of memory|memory (is not|isn't|not) enough|not enough memory|(cannot|failed to|unable to) allocate"
+    r"|alloc(ate|ation)?\b.{0,30} fail|start new thread|temporarily unavailable[\s\S]*task\.cc",  # threads get no stack
+    re.IGNORECASE,
+)
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO}
 
 
 class CannotWrite(RuntimeError):
     """The output directory takes no more; what was saved before is intact."""
+
+
+class OutOfMemory(RuntimeError):
+    """The machine has no more memory; what was saved before is intact."""
 
 
 def check(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> None:
@@ -114,14 +124,39 @@ def _writable(directory: Path) -> Iterator[None]:
     except OSError as error:
         if not isinstance(error, _files.NotWrittenError) and error.errno not in _FULL:
             raise
-        raise CannotWrite(f"{directory} cannot be written to: {error}.\n{way_on(directory)}") from error
+        raise CannotWrite(f"{directory} cannot be written to: {error}.\n{way_on(directory, 'room')}") from error
 
 
-def way_on(directory: Path) -> str:
-    """What to do when there is room again."""
+@contextmanager
+def enough_memory(directory: Path) -> Iterator[None]:
+    """What the machine has no memory for is told with what is saved.
+
+    Raises:
+        OutOfMemory: there was not enough.
+    """
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] == "mindpet" or not _is_of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"There was not enough memory. {way_on(directory, 'more')}\n"
+            "With less memory: begin anew with half of train.batch_size, twice train.accumulate, which is the same "
+            f"batch, or a smaller data.max_length.\n{type(error).__name__}: {error}"
+        ) from error
+
+
+def _is_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM:
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def way_on(directory: Path, wanted: str) -> str:
+    """What to do when there is what was wanted."""
     if (directory / CHECKPOINT).is_file() and (directory / "run.yaml").is_file():
         again = f"mindpet finetune {shlex.quote(str(directory / 'run.yaml'))} --resume"
-        return f"The last save is intact. When there is room, go on with: {again}"
+        return f"The last save is intact. When there is {wanted}, go on with: {again}"
     return "Nothing was saved yet: begin again with --overwrite."
 
 

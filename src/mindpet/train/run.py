@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import re
 import statistics
 import time
 from contextlib import ExitStack, suppress
@@ -32,15 +31,7 @@ from mindpet.train.prepare import Prepared, held_out, open_model, prepare
 from mindpet.train.rate import peak_learning_rate, starts_from_text, with_rate
 from mindpet.train.report import draw_curve, peak_memory_mib, size_of
 
-_NO_MEMORY = re.compile(
-    r"MemoryError|bad_alloc|out of memory|alloc(ate)?\b.{0,30} fail|(not|isn't) enough|temporarily unavailable",
-    re.IGNORECASE,
-)
 _MODES = {"graph": ms.GRAPH_MODE, "pynative": ms.PYNATIVE_MODE}
-
-
-class OutOfMemory(RuntimeError):
-    """The machine has no more memory; what was saved before is intact."""
 
 
 class NothingDrops(RunFileError):
@@ -122,10 +113,14 @@ def finetune(
             writes into it at this moment.
         DataError, PretrainedFilesError: the inputs cannot be used.
         output_directory.CannotWrite: the output directory takes no more, for want of room for instance.
-        OutOfMemory: the machine's memory did not suffice.
+        output_directory.OutOfMemory: the machine's memory did not suffice.
         Interrupted, Diverged, CannotResume: see :meth:`mindpet.train.fit.Fit.run`.
     """
-    reporter = reporter or Reporter()
+    with output_directory.enough_memory(Path(config.output.directory)):
+        return _finetune(config, reporter or Reporter(), resume, overwrite)
+
+
+def _finetune(config: RunConfig, reporter: Reporter, resume: bool, overwrite: bool) -> dict[str, Any]:
     config = with_rate(with_absolute_paths(config))
     directory = Path(config.output.directory)
     output_directory.check(config, directory, resume, overwrite)
@@ -215,12 +210,6 @@ def _fit(
             draw()
         if isinstance(error, (Interrupted, Diverged)):
             fit.group.wait()  # the first process has still to draw
-        if isinstance(error, (MemoryError, RuntimeError)) and _NO_MEMORY.search(f"{type(error).__name__} {error}"):
-            raise OutOfMemory(
-                f"There was not enough memory after step {fit.progress.step}. {output_directory.way_on(directory)}\n"
-                "With less memory: begin anew with half of train.batch_size, twice train.accumulate, which is the same "
-                f"batch, or a smaller data.max_length.\n{error}"
-            ) from error
         raise
     return progress, before, draw()
 
