@@ -324,6 +324,33 @@ def test_hidden_keys_and_values_that_are_no_numbers_come_through(place, bad, rng
     assert np.isfinite(found[0, :, 4:]).all()
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_no_number_reaches_hidden_keys(bad, rng):
+    values = tensors(causal_attention(1, -1e9, rng))
+    operator = operators.Attention(2, 2, 0.3)
+    probe = np.ones((1, 100, 8), np.float32)
+    probe[0, 3, 0] = bad
+    for_key, for_value = ops.grad(Probed(operator), (2, 3))(Tensor(probe), *values)
+    assert not np.isfinite(for_key.asnumpy()[0, :, :4]).any()
+    assert np.isfinite(for_key.asnumpy()[0, :, 4:]).all()
+    assert not np.isfinite(for_value.asnumpy()[0, :, 0]).any()
+
+
+def test_keys_that_a_large_mask_hides_by_a_rounding_only_are_seen():
+    """Near -1e10 floats are 1024 apart: a score of 600 decides what the sum is rounded to."""
+    query, key = np.full((1, 1, 8), 1.0, np.float32), np.full((1, 64, 8), 1.0, np.float32)
+    key[:, :32], key[:, 32:] = -79, 79
+    value = np.ones((1, 64, 8), np.float32)
+    value[:, :32] = 0
+    mask = np.where(np.arange(64) < 32, np.float32(-1e10), np.float32(-1e10 - 2048)).reshape(1, 1, 1, 64)
+    inputs = tensors((query, key, value, mask, np.zeros(1, np.int32), np.zeros(4, np.int32)))
+    found = operators.Attention(1, 1, 1.0)(*inputs).asnumpy()
+    scores = (query @ key.swapaxes(1, 2)).astype(np.float32) + mask[0]
+    weights = np.exp(scores - scores.max()) / np.exp(scores - scores.max()).sum()
+    np.testing.assert_allclose(found, weights @ value, atol=1e-6)
+    assert 0.4 < found.min() < 0.6
+
+
 def test_a_query_that_may_see_nothing_sees_all_alike():
     query, key, value = (np.ones((1, 2, 4), np.float32) for _ in range(3))
     value[0, 0] = 3.0
