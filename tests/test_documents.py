@@ -129,15 +129,16 @@ def test_every_make_target_of_the_readme_exists():
         assert set(re.findall(r"make ([a-z]+)", (ROOT / path).read_text())) <= targets
 
 
+def table_of_methods(page):
+    """The cells of each row that begins with a link."""
+    lines = (ROOT / "docs" / "methods" / f"{page}.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in lines if line.startswith("| [")]
+
+
 def test_the_table_of_methods_is_what_the_registry_says():
     from mindpet.train.artifacts import methods_table
 
-    written = [
-        [cell.strip() for cell in line.strip("|\n ").split("|")]
-        for line in (ROOT / "docs" / "methods" / "index.md").read_text().splitlines()
-        if line.startswith("| [")
-    ]
-    for cells, row in zip(written, methods_table(), strict=True):
+    for cells, row in zip(table_of_methods("index"), methods_table(), strict=True):
         name, *rest = row.values()
         assert cells == [f"[{name}]({name}.md)", *rest[:-1]]
 
@@ -145,9 +146,7 @@ def test_the_table_of_methods_is_what_the_registry_says():
 def test_the_page_of_what_was_measured_says_what_the_command_line_does():
     from mindpet.train.artifacts import methods_table
 
-    page = (ROOT / "docs" / "methods" / "measured.md").read_text()
-    rows = [[cell.strip() for cell in line.strip("|\n ").split("|")] for line in page.splitlines() if line[:3] == "| ["]
-    said = {row[0].partition("]")[0][1:]: row[4:7] for row in rows}
+    said = {row[0].partition("]")[0][1:]: row[4:7] for row in table_of_methods("measured")}
     fields = ("static MiB", "step over LoRA", "R8 accuracy (%)")
     assert said == {row["method"]: [row[field] for field in fields] for row in methods_table()}
     assert sum(all(values) for values in said.values()) >= 31  # AdapterFusion has no time

@@ -10,6 +10,7 @@ from mindspore import Tensor, ops
 
 from mindpet import AdapterConfig, AdapterFusionConfig, CompacterConfig, MAMConfig, ParallelAdapterConfig, inject
 from mindpet.models import BertForSequenceClassification
+from tests.oracles import difference
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 INPUTS = json.loads((GOLDEN / "peft" / "base" / "expected.json").read_text())["inputs"]
@@ -84,7 +85,7 @@ def differences(case):
     for name, value in translated(case, expected["values"]).items():
         parameters[name].set_data(Tensor(value))
     inputs = [Tensor(np.array(rows, np.int32)) for rows in INPUTS.values()]
-    differ = {"logits": float(np.abs(network(*inputs).asnumpy() - expected["logits"]).max())}
+    differ = {"logits": difference(network(*inputs).asnumpy(), expected["logits"])}
     labels = Tensor([0, 2], ms.int32)
 
     def loss(*given):
@@ -98,7 +99,7 @@ def differences(case):
     wanted = translated(case, expected["gradients"])
     assert set(wanted) == {parameter.name for parameter in trained}
     for parameter, gradient in zip(trained, found):
-        differ[parameter.name] = float(np.abs(gradient.asnumpy() - wanted[parameter.name]).max())
+        differ[parameter.name] = difference(gradient.asnumpy(), wanted[parameter.name])
     return differ
 
 

@@ -16,6 +16,7 @@ from mindpet.delta import LoRADense
 from mindpet.graph import eject, freeze_delta, merge
 from mindpet.interop import PeftFormatError, load_peft, save_peft
 from mindpet.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
+from tests.oracles import difference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
 EXPECTED = {path.parent.name: json.loads(path.read_text()) for path in sorted(GOLDEN.glob("*/expected.json"))}
@@ -81,9 +82,8 @@ def test_logits_equal_those_of_peft(mode, case):
     np.testing.assert_allclose(logits(load_peft(network(), GOLDEN / case)), EXPECTED[case]["logits"], atol=1e-5)
 
 
-def differences(case, directory):
+def differences(case, cell, directory):
     """The largest difference from PEFT of the logits, and of the gradient of each parameter by its name there."""
-    cell = load_peft(network(case), GOLDEN / case)
     parameters = cell.trainable_params()
     assert sum(parameter.size for parameter in parameters) == EXPECTED[case]["trains"]
     inputs = inputs_of(cell)
@@ -96,7 +96,7 @@ def differences(case, directory):
         return ops.cross_entropy(judged, labels), predicted
 
     gradients, (predicted,) = ops.grad(loss, None, ms.ParameterTuple(parameters), has_aux=True)(*inputs)
-    found = {"logits": float(np.abs(predicted.asnumpy() - EXPECTED[case]["logits"]).max())}
+    found = {"logits": difference(predicted.asnumpy(), EXPECTED[case]["logits"])}
     for parameter, gradient in zip(parameters, gradients):
         parameter.set_data(gradient)
     save_peft(cell, directory)  # each gradient is where its parameter goes in the file
@@ -104,13 +104,13 @@ def differences(case, directory):
     for name, gradient in EXPECTED[case]["gradients"].items():
         if name in written or ".modules_to_save." not in name:
             gradient = np.reshape(gradient, written[name].shape)  # of no numbers at all, the list has no shape
-            found[name] = float(np.abs(written[name] - gradient).max(initial=0))
+            found[name] = difference(written[name], gradient)
     return found
 
 
 @in_both_modes([case for case in CASES if case not in ENCODED])
 def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, case):
-    found = differences(case, tmp_path)
+    found = differences(case, load_peft(network(case), GOLDEN / case), tmp_path)
     assert len(found) > 1
     assert {name: error for name, error in found.items() if not error <= 1e-5} == {}
 

@@ -49,9 +49,12 @@ def whole(words, tmp_path_factory):
     return directory
 
 
+def command_line(words, directory, *flags):
+    return [sys.executable, "-m", "mindpet", "finetune", *words, f"output.directory={directory}", *flags]
+
+
 def finetune(words, directory, *flags):
-    command = [sys.executable, "-m", "mindpet", "finetune", *words, f"output.directory={directory}", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command_line(words, directory, *flags), capture_output=True, text=True, timeout=300)
 
 
 def settings(words, directory):
@@ -191,8 +194,9 @@ def test_a_run_that_gets_no_more_memory_loses_nothing(words, whole, tmp_path, sp
     """However MindSpore, its data pipeline and the tokenizer take it: some of them end the process."""
     resource = pytest.importorskip("resource")
     directory = tmp_path / "run"
-    command = [sys.executable, "-m", "mindpet", "finetune", *words, f"output.directory={directory}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        command_line(words, directory), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     while process.poll() is None and len(read_metrics(directory / "metrics.jsonl")) < 3:
         time.sleep(0.01)
     used = Path(f"/proc/{process.pid}/status").read_text().split("VmSize:")[1].split()[0]  # KiB

@@ -472,7 +472,7 @@ def methods(
         if name is None:
             rows = [{**row, "paper": by_whom(row["paper"])} for row in methods_table()]
             print_rows(console, rows, spared=("paper", "adapts", "learning rate", "static MiB", "PEFT"))
-            full = ", ".join(measured("full").values())
+            full = ", ".join(measured()["full"].values())
             console.print(
                 "The share is of BERT-base's parameters. Measured on MiniLM: memory of weights and optimizer, time of "
                 f"a step over LoRA's, accuracy on Reuters R8 of three seeds; full fine-tuning: {full}.\n"

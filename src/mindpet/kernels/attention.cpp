@@ -69,9 +69,10 @@ float longest(const float *x, int64_t x_row, int64_t rows, int64_t columns) {
     return std::isfinite(all) ? top : all;
 }
 
-// The keys that a block of queries sees: [first, last), `first` and last - first multiples of COLUMNS or to the end.
+// The keys that a block of queries sees: so many from `first` on, a multiple of COLUMNS.
 struct Seen {
-    int64_t first, last, width;
+    int64_t first, count;
+    int64_t width() const { return padded(count); }
 };
 
 // query (batch, queries, heads * dim), key and value (batch, keys, groups * dim), mask (batch or 1, heads or 1,
@@ -110,14 +111,19 @@ struct Attention {
         fits = true;
     }
 
+    // Where a query of a head is in `query`, and what belongs to it in its like.
+    int64_t place(int64_t sample, int64_t head, int64_t index) const {
+        return (sample * queries + index) * query_row + head * dim;
+    }
+
     int64_t block() const { return steps.third ? MASKED_QUERIES : QUERIES; }
 
     // How far a score may be from 0 is |q| |k| scale: keys whose probability is 0 for all of a block of queries, whatever
     // their scores are, are left out at both ends. `reach` is longest() of the keys, or not finite where nothing may be.
     Seen seen(int64_t sample, int64_t head, int64_t first, int64_t rows, float reach) const {
-        const float *q = query + (sample * queries + first) * query_row + head * dim;
+        const float *q = query + place(sample, head, first);
         const float bound = 1.001f * std::abs(scale) * std::sqrt(longest(q, query_row, rows, dim) * reach);
-        if (!std::isfinite(bound)) return {0, keys, key_width};
+        if (!std::isfinite(bound)) return {0, keys};
         int64_t begin = key_width, end = 0;  // what any query sees, in whole COLUMNS
         for (int64_t i = 0; i < (steps.third ? rows : 1); ++i) {
             const float *add = mask + steps.to(sample, head, first + i);
@@ -136,16 +142,16 @@ struct Attention {
             for (j = key_width; j > end && hidden(j - COLUMNS);) j -= COLUMNS;
             end = j > end ? j : end;
         }
-        if (begin >= end) return {0, keys, key_width};
-        return {begin, end < keys ? end : keys, end - begin};
+        if (begin >= end) return {0, keys};
+        return {begin, (end < keys ? end : keys) - begin};
     }
 
     // Probabilities (rows, seen.width) of a block of queries, before dropout; `transposed` is the packed key.
     void probabilities(int64_t sample, int64_t head, int64_t first, int64_t rows, const Seen &seen,
                        const float *transposed, float *p) const {
-        const float *q = query + (sample * queries + first) * query_row + head * dim;
-        const int64_t count = seen.last - seen.first;
-        multiply(rows, seen.width, dim, q, query_row, 1, transposed + seen.first, key_width, p, key_width, false);
+        const float *q = query + place(sample, head, first);
+        const int64_t count = seen.count;
+        multiply(rows, seen.width(), dim, q, query_row, 1, transposed + seen.first, key_width, p, key_width, false);
         for (int64_t i = 0; i < rows; ++i) {
             float *row = p + i * key_width;
             const float *add = mask + steps.to(sample, head, first + i) + seen.first;
@@ -213,13 +219,11 @@ KERNEL attention_forward(ARGUMENTS) {
                         float *row = p + i * width;
                         const float *with = factor + seen.first;
 #pragma omp simd
-                        for (int64_t j = 0; j < seen.last - seen.first; ++j) row[j] *= with[j];
+                        for (int64_t j = 0; j < seen.count; ++j) row[j] *= with[j];
                     }
-                multiply(rows, wide, seen.last - seen.first, p, width, 1, value + seen.first * wide, wide, mixed, wide,
-                         false);
+                multiply(rows, wide, seen.count, p, width, 1, value + seen.first * wide, wide, mixed, wide, false);
                 for (int64_t i = 0; i < rows; ++i)
-                    std::memcpy(output + (sample * self.queries + first + i) * self.query_row + head * dim,
-                                mixed + i * wide, dim * sizeof(float));
+                    std::memcpy(output + self.place(sample, head, first + i), mixed + i * wide, dim * sizeof(float));
             }
     });
 }
@@ -252,14 +256,14 @@ KERNEL attention_backward(ARGUMENTS) {
         for (int64_t head = group * each; head < (group + 1) * each; ++head)
             for (int64_t first = 0; first < self.queries; first += block) {
                 const int64_t rows = self.queries - first < block ? self.queries - first : block;
-                const int64_t place = (sample * self.queries + first) * self.query_row + head * dim;
+                const int64_t place = self.place(sample, head, first);
                 const float slope = longest(d_output + place, self.query_row, rows, dim);
                 const Seen seen = self.seen(sample, head, first, rows, std::isfinite(slope) ? reach : slope);
-                const int64_t count = seen.last - seen.first;
+                const int64_t count = seen.count;
                 self.probabilities(sample, head, first, rows, seen, key_across, p);
                 pack(self.query + place, self.query_row, rows, dim, q);
                 pack(d_output + place, self.query_row, rows, dim, d_out);
-                multiply(rows, seen.width, dim, d_out, wide, 1, value_across + seen.first, width, d_p, width, false);
+                multiply(rows, seen.width(), dim, d_out, wide, 1, value_across + seen.first, width, d_p, width, false);
                 for (int64_t i = 0; i < rows; ++i) {
                     if (self.drops) self.factors(sample, head, first + i, factor);
                     const float *out = output + place + i * self.query_row, *grad = d_out + i * wide;

@@ -251,17 +251,18 @@ def methods_table() -> list[dict[str, str]]:
     What trains is counted with the usual options on BERT-base-Chinese; of `trainable_tokens`, one row. The measured
     figures are of MiniLM: docs/methods/measured.md.
     """
-    return [_method_row(method) for method in METHODS.values()]
+    figures = measured()
+    none = dict.fromkeys(figures["full"], "")
+    return [_method_row(method, figures.get(method.name, none)) for method in METHODS.values()]
 
 
-def measured(name: str) -> dict[str, str]:
-    """Memory, time and accuracy of a method or of full fine-tuning, as benchmarks/parity.py put them together.
+def measured() -> dict[str, dict[str, str]]:
+    """Memory, time and accuracy of each method and of full fine-tuning, as benchmarks/parity.py put them together.
 
-    >>> sorted(measured("full"))
+    >>> sorted(measured()["full"])
     ['R8 accuracy (%)', 'static MiB', 'step over LoRA']
     """
-    found = json.loads(Path(__file__).with_name("measured.json").read_text("utf-8"))
-    return found.get(name) or dict.fromkeys(found["full"], "")
+    return json.loads(Path(__file__).with_name("measured.json").read_text("utf-8"))
 
 
 def by_whom(paper: str) -> str:
@@ -297,7 +298,7 @@ def method_options(name: str) -> dict[str, tuple[str, str]]:
     return found
 
 
-def _method_row(method: Method) -> dict[str, str]:
+def _method_row(method: Method, figures: dict[str, str]) -> dict[str, str]:
     kinds = {kind.__name__.removesuffix("2d").removesuffix("1d") for kind in method.adapt}
     trains = ""
     if method.name in COUNTERS:
@@ -310,7 +311,7 @@ def _method_row(method: Method) -> dict[str, str]:
         "adapts": ", ".join(sorted(kinds)) or "nothing: it selects",
         "merges": "yes" if any(hasattr(layer, "delta_weight") for layer in layers) else "no",
         "PEFT": peft_kind(method) or "no",
-        **measured(method.name),
+        **figures,
         "learning rate": f"{method.learning_rate:g}",
         "paper": method.paper,
     }
