@@ -75,6 +75,7 @@ def digests(library):
         "softmax_backward": ((scores, slopes), scores.shape),
         "cross_entropy_forward": ((x, labels), (rows,)),
         "cross_entropy_backward": ((x, labels, losses), same),
+        "head_loss": ((x, up, labels), (rows,), (same,)),
         "dropout_apply": ((x, words, keys, epsilon), same),
         "dense_forward": ((x, up), (rows, rows)),
         "dense_forward_bias": ((x, up, losses), (rows, rows)),

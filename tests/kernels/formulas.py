@@ -89,6 +89,10 @@ def cross_entropy(logits, labels):
     return np.where(labels < 0, 0.0, losses)
 
 
+def head_loss(rows, table, labels):
+    return cross_entropy(rows @ table.T, labels)
+
+
 def derivative(formula, inputs, probe, index, step=1e-5):
     """d sum(formula(*inputs) probe) / d inputs[index]."""
     inputs = [np.array(value, np.float64, order="C") if value.dtype.kind == "f" else value for value in inputs]

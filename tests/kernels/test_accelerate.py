@@ -13,7 +13,7 @@ from mindpet import AdapterConfig, BitFitConfig, LoRAConfig
 from mindpet.graph.targets import cells_by_path
 from mindpet.kernels import build
 from mindpet.models import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
-from mindpet.models.causal import TiedHead
+from mindpet.models.head import TiedHead
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
 

@@ -9,8 +9,9 @@ import mindpet
 from mindpet.kernels import build
 from mindpet.models.attention import DotProductAttention, MaskedSoftmax
 from mindpet.models.gpt2 import GELUTanh
+from mindpet.models.head import CrossEntropy
 from mindpet.models.llama import RMSNorm, SwiGLU, Turn
-from mindpet.train.step import CrossEntropy, SquareSum, SummedLoss
+from mindpet.train.step import SquareSum, SummedLoss
 
 pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
 

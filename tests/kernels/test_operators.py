@@ -22,6 +22,7 @@ OPERATORS = {
     "rms_norm": (lambda: operators.RMSNorm(EPSILON), formulas.rms_norm),
     "masked_softmax": (operators.MaskedSoftmax, formulas.masked_softmax),
     "cross_entropy": (operators.CrossEntropy, formulas.cross_entropy),
+    "head_loss": (operators.HeadLoss, formulas.head_loss),
     "dropout": (lambda: operators.Dropout(1.25), formulas.dropout),
     "product": (operators.Product, formulas.product),
     "biased_product": (operators.BiasedProduct, formulas.biased_product),
@@ -29,7 +30,8 @@ OPERATORS = {
     "attention": (lambda: operators.Attention(6, 2, 0.3, 1.25), formulas.attention),
 }
 # the inputs that get no gradient
-CONSTANT = {"rotary": {1, 2}, "masked_softmax": {1}, "cross_entropy": {1}, "dropout": {1, 2}, "attention": {3, 4, 5}}
+CONSTANT = {"rotary": {1, 2}, "masked_softmax": {1}, "cross_entropy": {1}, "head_loss": {2}}
+CONSTANT |= {"dropout": {1, 2}, "attention": {3, 4, 5}}
 PRODUCTS = ("product", "biased_product", "lora")
 MASKS = [(1, 1, 1), (2, 1, 1), (2, 1, 3), (1, 4, 3), (2, 4, 3)]
 
@@ -48,6 +50,8 @@ def inputs_for(name, shape, rng, mask=(2, 1, 1)):
         labels = rng.integers(0, shape[-1], rows).astype(np.int32)
         labels[::3] = -100
         return normal(rows, shape[-1]), labels
+    if name == "head_loss":
+        return normal(int(np.prod(shape[:-1])), 5), normal(shape[-1], 5), inputs_for("cross_entropy", shape, rng)[1]
     words = rng.integers(-(2**31), 2**31, 4096).astype(np.int32)
     keys = np.array([rng.integers(-(2**31), 2**31), rng.integers(-(2**31), 2**31), -(2**30), 1], np.int32)
     if name == "dropout":
@@ -129,9 +133,8 @@ def test_many_rows_do_not_depend_on_how_they_are_shared_out(name, rng):
     if name == "masked_softmax":
         values = (rng.standard_normal((8, 12, 64, 64), np.float32), rng.standard_normal((8, 1, 1, 64), np.float32))
     whole = operator(*tensors(values)).asnumpy()
-    rowwise = {"gated_silu": 2}.get(name, 1)
-    by_row = rowwise if name not in CONSTANT else 2
-    part = [value[-5:] if index < by_row else value for index, value in enumerate(values)]
+    by_row = {0, *CONSTANT.get(name, ())} | ({1} if name == "gated_silu" else set())
+    part = [value[-5:] if index in by_row else value for index, value in enumerate(values)]
     alone = operator(*tensors(part)).asnumpy()
     # LoRA's inner product is MindSpore's, whose last bits depend on the number of rows
     np.testing.assert_allclose(whole[-5:], alone, rtol=0, atol=2e-4 if name == "lora" else 0)
@@ -382,6 +385,39 @@ def test_a_label_of_no_class_is_no_silent_number():
     losses = operators.CrossEntropy()(Tensor(np.zeros((2, 3), np.float32)), Tensor([3, 1], ms.int32)).asnumpy()
     assert np.isnan(losses[0])
     assert losses[1] == pytest.approx(np.log(3))
+
+
+def test_classes_may_take_any_number_of_blocks(rng):
+    """The largest logit of a row may come early or late; a label of no class is none in any block."""
+    rows, classes, size = 37, 5000, 6
+    x, table = (rng.standard_normal(shape).astype(np.float32) for shape in ((rows, size), (classes, size)))
+    table *= np.linspace(0.1, 30, classes, dtype=np.float32)[:, None]  # from nearly even to one that has all
+    for order in (1, -1):
+        turned = np.ascontiguousarray(table[::order])
+        labels = rng.integers(0, classes, rows).astype(np.int32)
+        labels[:3] = -1, classes, np.argmax(x[2] @ turned.T)
+        wide = [x.astype(np.float64), turned.astype(np.float64)]
+        right = formulas.head_loss(*wide, np.minimum(labels, classes - 1))
+        right[1] = np.nan
+        operator = operators.HeadLoss()
+        losses = operator(*tensors([x, turned, labels])).asnumpy()
+        np.testing.assert_allclose(losses, right, rtol=1e-5, atol=1e-4)
+        z = wide[0] @ wide[1].T
+        chances = np.exp(z - z.max(-1, keepdims=True))
+        chances /= chances.sum(-1, keepdims=True)
+        chances[np.arange(rows), np.minimum(labels, classes - 1)] -= 1
+        expected = chances @ wide[1]
+        expected[0], expected[1] = 0, np.nan
+        slope = ops.grad(Probed(operator), 1)(Tensor(np.ones(rows, np.float32)), *tensors([x, turned, labels]))
+        np.testing.assert_allclose(slope.asnumpy(), expected, atol=1e-5 * np.abs(wide[1]).max())
+
+
+def test_no_row_that_counts_has_no_loss(rng):
+    x, table = (rng.standard_normal((9, 5)).astype(np.float32) for _ in range(2))
+    both = ops.value_and_grad(Probed(operators.HeadLoss()), 1)
+    loss, slope = both(Tensor(np.ones(9, np.float32)), *tensors([x, table, np.full(9, -100, np.int32)]))
+    assert float(loss) == 0
+    assert not slope.asnumpy().any()
 
 
 @pytest.mark.parametrize("name", ["gelu", "gelu_tanh", "gated_silu", "layer_norm", "rms_norm"])

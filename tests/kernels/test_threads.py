@@ -104,6 +104,9 @@ def test_wrong_arguments_are_refused_and_not_read():
         ("rotary_forward", (x, x, x)),
         ("cross_entropy_forward", (x, np.zeros(1, np.int32))),
         ("cross_entropy_backward", (x, np.zeros(1, np.int32), x[0, :2])),
+        ("head_loss", (x, x[:, :2], np.zeros(2, np.int32))),
+        ("head_loss", (x, x, np.zeros(1, np.int32))),
+        ("head_loss", (x, x, x[:, 0])),
         ("cross_entropy_backward", (x, np.zeros(2, np.int32), x[0, :1])),
     ]
     for name, inputs in wrong:

@@ -22,6 +22,7 @@ _BY_NAME: dict[str, Callable[[Any], nn.Cell]] = {
     "gated_silu": cells.FastGatedSiLU,
     "product": cells.FastMatMul,
     "cross_entropy": cells.FastCrossEntropy,
+    "head_loss": cells.FastHeadLoss,
     "quantised_product": cells.FastQuantisedProduct,
     "square_sum": cells.FastSquareSum,
 }
@@ -54,6 +55,8 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
     - ``"gated_silu"``: ``construct(gate, up)`` is silu(gate) * up;
     - ``"product"``: ``construct(x, weight)`` is x weight^T by an operator `matmul`; taken if it is `compiled`;
     - ``"cross_entropy"``: ``construct(logits, labels)`` is the loss of each row, 0 where the label is negative;
+    - ``"head_loss"``: as :class:`mindpet.models.head.HeadLoss`; taken if it is `compiled`, and the Cell that it is in
+      says by `head_is_frozen` that nothing in the table trains;
     - ``"square_sum"``: ``construct(x)`` is the sum of the squares of all entries; no gradient goes through it;
     - ``"quantised_product"``: as :class:`mindpet.delta.blockwise.QuantisedProduct`, with its `form`.
 
@@ -92,7 +95,7 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
 
     dense = {}
     for path, cell in cells_by_path(network).items():
-        _replacement(path, cell, compiled)  # what it refuses is refused before anything changes
+        _replacement(path, cell, network, compiled)  # what it refuses is refused before anything changes
         if compiled and _has_plain_bias(cell):
             dense[path] = fast(cell, cells.FastDense)
     if dense:
@@ -105,7 +108,7 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
             continue
         if isinstance(cell, cells.Fast):
             done = (*done, f"{path}.")
-        make = _replacement(path, cell, compiled)
+        make = _replacement(path, cell, network, compiled)
         if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
             continue
         replacements[path] = fast(cell, make)
@@ -167,8 +170,8 @@ def _has_plain_branch(layer: LoRADense) -> bool:
     return plain and all(_compat.strategy_of(each) is None for each in operators)
 
 
-def _replacement(path: str, cell: nn.Cell, compiled: bool) -> Callable[[Any], nn.Cell] | None:
-    """What makes the fast Cell for this one."""
+def _replacement(path: str, cell: nn.Cell, network: nn.Cell, compiled: bool) -> Callable[[Any], nn.Cell] | None:
+    """What makes the fast Cell for this one, at that path of the network."""
     if type(cell) is nn.GELU:
         return cells.FastGELU
     if type(cell) is nn.LayerNorm:
@@ -183,7 +186,17 @@ def _replacement(path: str, cell: nn.Cell, compiled: bool) -> Callable[[Any], nn
         return None
     if name == "product" and not (compiled and _is_plain_product(cell)):
         return None
+    if name == "head_loss" and not (compiled and getattr(_holder(network, path), "head_is_frozen", False)):
+        return None
     return _BY_NAME[name] if name else None
+
+
+def _holder(network: nn.Cell, path: str) -> nn.Cell:
+    """The Cell that the one at `path` is a child of."""
+    holder = network
+    for name in path.split(".")[:-1]:
+        holder = _compat.children(holder)[name]
+    return holder
 
 
 def _last_axis_only(norm: Any) -> bool:

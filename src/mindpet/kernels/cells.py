@@ -277,6 +277,21 @@ class FastCrossEntropy(Fast, nn.Cell):
         return ops.cross_entropy(logits, counted, ignore_index=-100, reduction="none")
 
 
+class FastHeadLoss(_FastProduct):
+    """The loss of each row by a frozen tied head: `construct` takes (rows, table, labels)."""
+
+    def __init__(self, original: Any):
+        super().__init__(auto_prefix=False)
+        self.fast, self.original = operators.HeadLoss(), original
+        original.head, original.cross_entropy = FastMatMul(original.head), FastCrossEntropy(original.cross_entropy)
+
+    def construct(self, rows, table, labels):
+        fit = _compat.is_known(labels.shape) and labels.shape == rows.shape[:1]
+        if self.original.training and fit and self.multiplies(rows, table):  # in training the gradient is wanted too
+            return self.fast(rows, table, labels.astype(mstype.int32))
+        return self.original(rows, table, labels)
+
+
 class FastSquareSum(Fast, nn.Cell):
     """The sum of the squares of all entries: `construct` takes (x)."""
 

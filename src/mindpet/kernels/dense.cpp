@@ -15,14 +15,6 @@ struct Sizes {
     }
 };
 
-// C (rows, columns) = bias + A B for matrices in memory.
-int multiply(int64_t rows, int64_t columns, const Left &a, const Matrix &b, const float *bias, float *c) {
-    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
-        pack_panel(b.from(from, 0), deep, columns, first, panel);
-    };
-    return multiply(rows, columns, a, pack, bias, c);
-}
-
 // C (rows, columns) = bias + A B + A2 (factor B2) for matrices in memory.
 int multiply(int64_t rows, int64_t columns, const Left &left, const Matrix &b, const Matrix &b2, float factor,
              const float *bias, float *c) {

@@ -44,6 +44,10 @@ def _one(*shapes: Any) -> Any:
     return [1]
 
 
+def _losses_and_slopes(*shapes: Any) -> Any:
+    return shapes[2], shapes[0]
+
+
 def _branch(*shapes: Any) -> Any:
     return [shapes[0][0], shapes[1][1]], shapes[1]
 
@@ -361,3 +365,37 @@ class CrossEntropy(nn.Cell):
 
     def bprop(self, logits, labels, out, dout):
         return self.backward(logits, labels, dout), ops.zeros_like(labels)
+
+
+class HeadLoss(nn.Cell):
+    """-log(softmax(x W^T)[label]) of each row, 0 for a label below 0, and the logits are nowhere in memory.
+
+    Shapes: x ``(rows, in)``, W ``(classes, in)``, labels int32 ``(rows,)``. The gradient of x comes with the losses;
+    that of W, if somebody asks for it, computes the logits again.
+    """
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.both = _LossesAndSlopes()
+
+    def construct(self, x, weight, labels):
+        return self.both(x, weight, labels)[0]
+
+
+class _LossesAndSlopes(nn.Cell):
+    """The losses and d(each loss)/d(its row); no gradient goes through the latter."""
+
+    def __init__(self):
+        super().__init__(auto_prefix=False)
+        self.forward = Kernel("head_loss", _losses_and_slopes, 2)
+        self.logits = Kernel("dense_forward", _rows_and_outputs)
+        self.backward_logits = Kernel("cross_entropy_backward")
+        self.backward_weight = Kernel("dense_backward_weight", _columns)
+
+    def construct(self, x, weight, labels):
+        return self.forward(x, weight, labels)
+
+    def bprop(self, x, weight, labels, out, dout):
+        dx = out[1] * dout[0].expand_dims(1)
+        slopes = self.backward_logits(self.logits(x, weight), labels, dout[0])
+        return dx, self.backward_weight(slopes, x), ops.zeros_like(labels)

@@ -95,9 +95,11 @@ inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b
 
 // C (rows, columns) = bias + A B, for a B (depth, columns) and a contiguous C. Returns 0, or 1 without memory.
 // pack(first, from, deep, panel) fills a panel (deep, PANEL) with the rows of B from `from` on and its columns from
-// `first` on, and zeros beyond the last. The bias (columns,) goes to every row; it may be null.
+// `first` on, and zeros beyond the last. The bias (columns,) goes to every row; it may be null. With `add` it is C that
+// the product is added to.
 template <class Pack>
-int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, const float *bias, float *c) {
+int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, const float *bias, float *c,
+             bool add = false) {
     const bool in_memory = left.a.column == 1;
     const Block most = in_memory ? READ : PACKED;
     const int64_t depth = left.depth + left.more, blocks = depth ? (depth + most.depth - 1) / most.depth : 1;
@@ -134,8 +136,8 @@ int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, 
                     const float *b = packed + (panel - first_panel) * deep * PANEL;
                     const int64_t column = panel * PANEL, wide = columns - column < PANEL ? columns - column : PANEL;
                     float *to = c + row * columns + column;
-                    const float *start = block ? to : bias ? bias + column : nullptr;
-                    int64_t to_row = columns, start_row = block ? columns : 0;
+                    const float *start = block || add ? to : bias ? bias + column : nullptr;
+                    int64_t to_row = columns, start_row = block || add ? columns : 0;
                     if (wide < PANEL) {  // a whole tile has no room in C
                         for (int64_t i = 0; i < high; ++i)
                             for (int64_t j = 0; j < PANEL; ++j)
@@ -154,6 +156,15 @@ int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, 
         }
     });
     return failed ? 1 : 0;
+}
+
+// The same for a B in memory.
+inline int multiply(int64_t rows, int64_t columns, const Left &a, const Matrix &b, const float *bias, float *c,
+                    bool add = false) {
+    const auto pack = [&](int64_t first, int64_t from, int64_t deep, float *panel) {
+        pack_panel(b.from(from, 0), deep, columns, first, panel);
+    };
+    return multiply(rows, columns, a, pack, bias, c, add);
 }
 
 }  // namespace

@@ -28,8 +28,11 @@ class CausalLanguageModel(nn.Cell):
     ``network(input_ids, attention_mask)`` returns logits ``(batch, seq, vocabulary)``. Both inputs are int32
     ``(batch, seq)``. `attention_mask` holds the number of each token's segment, 0 for padding, on either side. A token
     sees itself, the earlier tokens of its segment, and the prefix or the virtual tokens where there are some. Positions
-    count from the beginning of each segment, after those.
+    count from the beginning of each segment, after those. Given `labels` too, int32 ``(batch, seq)``, it returns the
+    cross entropy of each position with its label, ``(batch, seq)``, 0 where that is -100: what follows it in a text.
     """
+
+    gives_losses = True  # see above
 
     base_prefix = ""  # the beginning of the names of everything but the head
     config_class: Any = None
@@ -141,10 +144,25 @@ class CausalLanguageModel(nn.Cell):
         """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``, with what :meth:`head_table` gives."""
         return self.head(rows, table) if self.tied else self.lm_head(rows)
 
-    def predict(self, input_ids, attention_mask, pairs, virtual):
+    def embedding(self) -> nn.Cell:
+        """The embedding of the tokens, with what a method has put into it."""
+        raise NotImplementedError
+
+    @property
+    def head_is_frozen(self) -> bool:
+        """Whether the head is tied to an embedding in which nothing trains."""
+        return self.tied and not any(each.requires_grad for each in self.embedding().get_parameters())
+
+    def losses_of(self, rows, labels):
+        """What rows ``(n, hidden)`` lose against labels ``(n,)``, float32 ``(n,)``."""
+        if self.tied:
+            return self.losses(rows, self.head_table(), labels)
+        return self.losses(self.lm_head(rows).astype(mstype.float32), labels)
+
+    def predict(self, input_ids, attention_mask, pairs, virtual, labels):
         """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none.
 
-        They are of the given tokens; so many `virtual` ones go before them.
+        They are of the given tokens; so many `virtual` ones go before them. With labels it is losses ``(batch, seq)``.
         """
         batch, seq = input_ids.shape
         start = pairs[0][0].shape[0] if len(pairs) > 0 else 0
@@ -160,20 +178,9 @@ class CausalLanguageModel(nn.Cell):
         rows = self.hidden_rows(input_ids, positions + start, hidden, pairs)
         if virtual > 0:
             rows = rows.reshape((batch, virtual + seq, -1))[:, virtual:].reshape((batch * seq, -1))
+        if labels is not None:
+            return self.losses_of(rows, labels.reshape((-1,))).reshape((batch, seq))
         return self.logits_of(rows, self.head_table()).reshape((batch, seq, -1))
-
-
-class TiedHead(nn.Cell):
-    """Logits by the embedding's table: rows ``(n, hidden)`` and table ``(vocabulary, hidden)`` to rows table^T."""
-
-    mindpet_kernel = "product"  # what mindpet.kernels.accelerate replaces it by
-
-    def __init__(self):
-        super().__init__()
-        self.matmul = ops.MatMul(transpose_b=True)
-
-    def construct(self, rows, table):
-        return self.matmul(rows, table)
 
 
 def segments(attention_mask):

@@ -17,7 +17,8 @@ from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, TiedHead, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.head import CrossEntropy, HeadLoss, TiedHead
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -213,6 +214,7 @@ class GPT2LMHeadModel(CausalLanguageModel):
         self.config, self.positions = config, config.n_positions
         self.transformer = GPT2Model(config)
         self.tied = config.tie_word_embeddings
+        self.losses = HeadLoss() if self.tied else CrossEntropy()
         if self.tied:
             self.head = TiedHead()
         else:
@@ -229,11 +231,16 @@ class GPT2LMHeadModel(CausalLanguageModel):
         """At ``transformer.prompts``."""
         return self.transformer.prompts
 
-    def construct(self, input_ids, attention_mask):
-        return self.predict(input_ids, attention_mask, self.transformer.prefix(), self.transformer.prompts.tokens)
+    def construct(self, input_ids, attention_mask, labels=None):
+        return self.predict(
+            input_ids, attention_mask, self.transformer.prefix(), self.transformer.prompts.tokens, labels
+        )
 
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.transformer(input_ids, positions, hidden, extras)
+
+    def embedding(self) -> nn.Cell:
+        return self.transformer.wte
 
     def head_table(self):
         return table_of(self.transformer.wte) if self.tied else None

@@ -18,7 +18,8 @@ from mindpet.delta.adaption_slot import AdaptionSlot, attend_prompt
 from mindpet.delta.prefix_slot import PrefixSlot
 from mindpet.delta.prompt_slot import PromptSlot
 from mindpet.models.attention import DotProductAttention, attend
-from mindpet.models.causal import CausalLanguageModel, TiedHead, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
+from mindpet.models.head import CrossEntropy, HeadLoss, TiedHead
 from mindpet.models.loading import Outline, PretrainedFilesError
 
 
@@ -275,6 +276,7 @@ class LlamaForCausalLM(CausalLanguageModel):
         self.config, self.positions = config, config.max_position_embeddings
         self.model = LlamaModel(config)
         self.tied = config.tie_word_embeddings
+        self.losses = HeadLoss() if self.tied else CrossEntropy()
         if self.tied:
             self.head = TiedHead()
         else:
@@ -290,11 +292,14 @@ class LlamaForCausalLM(CausalLanguageModel):
         """At ``model.prompts``."""
         return self.model.prompts
 
-    def construct(self, input_ids, attention_mask):
-        return self.predict(input_ids, attention_mask, self.model.prefix(), self.model.prompts.tokens)
+    def construct(self, input_ids, attention_mask, labels=None):
+        return self.predict(input_ids, attention_mask, self.model.prefix(), self.model.prompts.tokens, labels)
 
     def hidden_rows(self, input_ids, positions, hidden, extras):
         return self.model(input_ids, positions, hidden, extras)
+
+    def embedding(self) -> nn.Cell:
+        return self.model.embed_tokens
 
     def head_table(self):
         return table_of(self.model.embed_tokens) if self.tied else None

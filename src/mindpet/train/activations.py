@@ -32,7 +32,8 @@ The peak is the larger of two moments. At the beginning of the backward pass eve
     \max(\text{logits, their gradient: } 2 n v; \quad \text{the gradient through the last feed-forward network: }
     n h + 2 n f \text{, or } n h + 3 n f \text{ with SwiGLU})
 
-for v words of a language model; MindSpore's own cross entropy has 5 n v there. At the update nothing of that is there,
+for v words of a language model; MindSpore's own cross entropy has 5 n v there, and on a CPU our kernel of a frozen tied
+head nothing of that size. At the update nothing of that is there,
 but each trained number's gradient, scaled, and the largest one unscaled. Dropout is not counted.
 
 Cut over m devices, a tensor between a dense layer that is cut by rows and the next has its features shared out.
@@ -40,7 +41,7 @@ Nothing here imports MindSpore.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -203,6 +204,14 @@ def spared_by_attention(sizes: LayerSizes, trained: Trained, batch: int, seq: in
     """Numbers of :func:`kept_in_layer` that our attention on a CPU does not keep: weights; it keeps m, its output."""
     kept = 0 if "m" in trained.inputs else batch * seq * sizes.queries
     return batch * sizes.heads * seq * (seq + prefix) - kept
+
+
+def spared_by_head(sizes: LayerSizes, batch: int, seq: int) -> int:
+    """Bytes of :func:`at_the_turn` that are not there on a CPU where the kernel of a frozen tied head takes over."""
+    with_logits, without = (
+        at_the_turn(each, batch, seq, Cutting(), 4, True) for each in (sizes, replace(sizes, vocabulary=0))
+    )
+    return with_logits - without
 
 
 def at_the_turn(sizes: LayerSizes, batch: int, seq: int, cutting: Cutting, item: int, kernels: bool) -> int:

@@ -22,6 +22,7 @@ from mindpet.train.activations import (
     place_of,
     positions_of,
     spared_by_attention,
+    spared_by_head,
 )
 from mindpet.train.counters import COUNTERS
 from mindpet.train.cutting import (
@@ -233,6 +234,8 @@ class _Planner:
             spared += spared_by_attention(self.sizes, *parts) * self.item if self.kernels else 0
             for name, numbers in kept_in_layer(self.sizes, *parts, self.cutting, self.kernels).items():
                 kept[name] = kept.get(name, 0) + numbers * self.item
+        if self.kernels and self._head_is_frozen():
+            spared += spared_by_head(self.sizes, here, seq)
         sums = sum(own_sums(self.method, cell, self.given, self._rank(cell), self.cutting)
                    for cell in self.adapted if place_of(cell.path))  # fmt: skip
         sent = self.sizes.layers * sent_in_layer(self.sizes, 0, here * seq, self.item, self.cutting)
@@ -275,6 +278,13 @@ class _Planner:
             return 0
         numbers = [int(part) for path in paths for part in path.split(".") if part.isdigit()]
         return min(numbers, default=self.sizes.layers)
+
+    def _head_is_frozen(self) -> bool:
+        """Whether the losses of a language model come from one kernel: its head is tied, and nothing in it trains."""
+        tied = self.sizes.vocabulary > 0 and not any(cell.path == "lm_head" for cell in self.network.cells)
+        paths = [*self.whole.adapted, *self.trained]
+        trains = any(name in path.split(".") for path in paths for name in ("embed_tokens", "wte"))
+        return tied and not trains and self.item == 4
 
     def _trained_in(self, layer: int) -> Trained:
         """What trains there that needs its input."""

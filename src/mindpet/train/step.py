@@ -6,15 +6,7 @@ from mindspore import dtype as mstype
 from mindpet._compat import GraphCell
 from mindpet.delta.r_drop import IGNORED, RDropLoss, rdrop_repeat
 from mindpet.kernels import accelerate
-
-
-class CrossEntropy(nn.Cell):
-    """The cross entropy of each row: logits ``(N, C)`` and labels ``(N,)`` to ``(N,)``, 0 where the label is -100."""
-
-    mindpet_kernel = "cross_entropy"  # what mindpet.kernels.accelerate replaces it by
-
-    def construct(self, logits, labels):
-        return ops.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
+from mindpet.models.head import CrossEntropy
 
 
 class SummedLoss(nn.Cell):
@@ -24,12 +16,12 @@ class SummedLoss(nn.Cell):
     copy, and the R-Drop loss takes the place of cross entropy.
 
     Shapes: the columns are the network's inputs and the labels, ``(N,)`` for logits ``(N, C)`` or ``(N, T)`` for
-    logits ``(N, T, C)``. A label of -100 does not count.
+    logits ``(N, T, C)``. A label of -100 does not count. A network that `gives_losses` gets the labels too.
     """
 
     def __init__(self, network: nn.Cell, r_drop_alpha: float = 0.0):
         super().__init__(auto_prefix=False)
-        self.network = network
+        self.network, self.by_network = network, getattr(network, "gives_losses", False)
         self.r_drop_alpha = r_drop_alpha
         self.r_drop = RDropLoss()
         self.cross_entropy = CrossEntropy()
@@ -41,6 +33,8 @@ class SummedLoss(nn.Cell):
             columns = rdrop_repeat(*columns)
             logits = self.network(*columns[:-1]).astype(mstype.float32)  # (2N, C) or (2N, T, C)
             return self.r_drop(logits, columns[-1], self.r_drop_alpha) * count, count
+        if self.by_network:
+            return self.network(*columns).sum(), count
         logits = self.network(*columns[:-1]).astype(mstype.float32)
         rows = logits.reshape((-1, logits.shape[-1]))  # (N, C) or (N * T, C)
         return self.cross_entropy(rows, labels.reshape((-1,))).sum(), count
