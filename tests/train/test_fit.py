@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.numpy import load_file
 
 from mindpet._methods import DOCUMENTED
+from mindpet.cli.screen import print_report
 from mindpet.graph import DeltaFileError
 from mindpet.train import run
 from mindpet.train.config import RunFileError, TrainSection, load_run
@@ -385,6 +387,20 @@ def test_early_stopping_and_the_best_delta(inputs, tmp_path):
     report = run.finetune(settings(inputs, tmp_path, *more, "train.mode=pynative"), notes)
     assert (report["step"], report["kept_step"]) == (3, 1)
     assert any("Early stopping" in line for line in notes.lines)
+
+
+@pytest.mark.usefixtures("back_to_pynative")
+def test_of_equally_right_deltas_the_one_with_the_lowest_loss_is_kept(inputs, tmp_path):
+    more = ("train.evaluate_every=1", "train.max_steps=9", "train.learning_rate=0.02", "train.mode=pynative")
+    report = run.finetune(settings(inputs, tmp_path, *more))
+    records = [line for line in read_metrics(tmp_path / "metrics.jsonl") if "accuracy" in line]
+    best = max(record["accuracy"] for record in records)
+    equal = [record for record in records if record["accuracy"] == best]
+    lowest = min(equal, key=lambda record: record["evaluation_loss"])
+    assert report["kept_step"] == lowest["step"] != equal[0]["step"]
+    console = Console(record=True, width=100)
+    print_report(console, report, tmp_path)
+    assert (f"step {lowest['step']} of 9" in console.export_text()) == (lowest["step"] < 9)
 
 
 @pytest.mark.usefixtures("back_to_pynative")

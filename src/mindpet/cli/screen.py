@@ -103,6 +103,8 @@ def print_report(console: Console, report: dict[str, Any], directory: Path) -> N
     facts.add_row("rows", f"{report['rows']['train']} trained on, {report['rows']['test']} held out")
     if "tokens" in report:
         facts.add_row("tokens", f"{report['tokens']['train']:,} trained on, {report['tokens']['test']:,} held out")
+    if report["kept_step"] != report["step"]:
+        facts.add_row("kept", f"step {report['kept_step']} of {report['step']}, the best evaluation (train.keep_best)")
     facts.add_row("delta", f"{_size(report['delta_bytes'])} (the model: {_size(report['model_bytes'])})")
     facts.add_row(
         "time", f"{seconds['training']} s of training, {seconds['whole']} s in all; {counted(report['step'], 'step')}"

@@ -77,7 +77,7 @@ class Progress:
         epoch: the pass it is in.
         batch: batches done in that pass.
         forward: forward passes done, which numbers the dropout masks.
-        best: merit of the best evaluation so far: an accuracy, or a loss with its sign changed.
+        best: merit of the best evaluation so far, see :mod:`mindpet.train.metrics`.
         best_step: when it was.
         waited: evaluations since then.
         seconds: time spent training.
@@ -87,7 +87,7 @@ class Progress:
     epoch: int = 0
     batch: int = 0
     forward: int = 0
-    best: float | None = None
+    best: list[float] | None = None
     best_step: int = 0
     waited: int = 0
     seconds: float = 0.0

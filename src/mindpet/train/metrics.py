@@ -35,9 +35,9 @@ class Scores:
     confusion: np.ndarray
 
     @property
-    def merit(self) -> float:
-        """What decides which evaluation is the best: the accuracy, higher is better."""
-        return self.accuracy
+    def merit(self) -> list[float]:
+        """What decides which evaluation is the best: the accuracy, and of equal ones the loss."""
+        return [self.accuracy, -self.loss]
 
     def as_record(self) -> dict[str, float]:
         """For a line of metrics."""
@@ -68,9 +68,9 @@ class LanguageScores:
         return math.exp(min(self.loss, 700.0))  # e**710 is more than a float holds
 
     @property
-    def merit(self) -> float:
+    def merit(self) -> list[float]:
         """What decides which evaluation is the best: the loss, lower is better."""
-        return -self.loss
+        return [-self.loss]
 
     def as_record(self) -> dict[str, float]:
         """For a line of metrics."""
