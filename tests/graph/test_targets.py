@@ -58,6 +58,13 @@ def test_a_miss_shows_near_names():
         report.require_all()
 
 
+def test_a_target_of_another_kind_says_what_it_is():
+    with pytest.raises(ValueError, match=r"'\*.norm'; it matches layers.0.norm, a LayerNorm, and 2 more$"):
+        inject(Network(), LoRAConfig(targets=["*.query", "*.norm"]))
+    with pytest.raises(ValueError, match="LayerNorm'>\"; it matches layers.0.norm"):
+        inject(Network(), LoRAConfig(targets=[nn.LayerNorm]))
+
+
 def test_excluding_everything_is_an_error():
     with pytest.raises(ValueError, match="all of them are excluded"):
         inject(Network(), LoRAConfig(targets=["*.query"], layers=[7]))

@@ -16,11 +16,11 @@ class TargetReport:
 
     Attributes:
         matched: path to Cell, in the order of the network.
-        misses: each pattern that matched nothing, with the nearest paths.
+        misses: each pattern that matched nothing, with what it may have meant, or why not.
     """
 
     matched: dict[str, nn.Cell]
-    misses: dict[str, list[str]]
+    misses: dict[str, str]
 
     def require_all(self) -> "TargetReport":
         """This report, if every pattern matched.
@@ -29,10 +29,7 @@ class TargetReport:
             NothingFitsError: a ValueError: a pattern matched nothing; the message shows near names for each.
         """
         if self.misses:
-            lines = [
-                f"  {pattern!r}" + (f"; near it: {', '.join(paths)}" if paths else "")
-                for pattern, paths in self.misses.items()
-            ]
+            lines = [f"  {pattern!r}" + (f"; {hint}" if hint else "") for pattern, hint in self.misses.items()]
             listed = "\n".join(lines)
             raise _checks.NothingFitsError(f"These targets match no cell that the method can adapt:\n{listed}")
         return self
@@ -76,11 +73,8 @@ def find_targets(
     >>> list(find_targets(network, ["*"], (nn.Dense,)).matched)
     ['0']
     """
-    candidates = {
-        path: cell
-        for path, cell in cells_by_path(network).items()
-        if isinstance(cell, kinds) and "mindpet_delta_" not in path
-    }
+    everything = {path: cell for path, cell in cells_by_path(network).items() if "mindpet_delta_" not in path}
+    candidates = {path: cell for path, cell in everything.items() if isinstance(cell, kinds)}
     wanted = [patterns] if isinstance(patterns, str) else list(patterns)
     hits = {}
     for pattern in wanted:
@@ -92,11 +86,15 @@ def find_targets(
         for path, cell in candidates.items()
         if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and in_layers(path, layers)
     }
-    misses = {str(pattern): near_paths(str(pattern), candidates) for pattern, paths in hits.items() if not paths}
+    misses = {
+        str(pattern): _others(pattern, everything) or near_paths(str(pattern), candidates)
+        for pattern, paths in hits.items()
+        if not paths
+    }
     if not need_all and any(hits.values()):
         misses = {}
     if not matched and not misses:
-        misses = {str(pattern): ["all of them are excluded or in other layers"] for pattern in wanted}
+        misses = {str(pattern): "all of them are excluded or in other layers" for pattern in wanted}
     return TargetReport(matched, misses)
 
 
@@ -104,10 +102,19 @@ def _means(pattern: str | type | tuple, path: str, cell: nn.Cell) -> bool:
     return fnmatchcase(path, pattern) if isinstance(pattern, str) else isinstance(cell, pattern)
 
 
-def near_paths(pattern: str, paths: Sequence[str] | dict) -> list[str]:
+def _others(pattern: str | type, everything: dict[str, nn.Cell]) -> str:
+    """What cells a pattern means that are of a kind that cannot be adapted."""
+    if pattern == "all-linear":
+        return ""
+    found = [f"{path}, a {type(cell).__name__}" for path, cell in everything.items() if _means(pattern, path, cell)]
+    return f"it matches {found[0]}{f', and {len(found) - 1} more' if found[1:] else ''}" if found else ""
+
+
+def near_paths(pattern: str, paths: Sequence[str] | dict) -> str:
     """Up to three paths that a misspelt pattern may have meant: the last names are compared."""
     tail = pattern.replace("*", "").strip(".").split(".")[-1]
     tails: dict[str, str] = {}
     for path in paths:
         tails.setdefault(path.split(".")[-1], path)
-    return [tails[name] for name in _checks.near_names(tail, tails)]
+    found = [tails[name] for name in _checks.near_names(tail, tails)]
+    return f"near it: {', '.join(found)}" if found else ""
