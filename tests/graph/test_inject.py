@@ -246,6 +246,13 @@ def test_a_miss_is_an_error_that_names_what_is_near_and_changes_nothing(config, 
     assert state_of(network) == before
 
 
+def test_an_option_that_there_is_not_is_refused_with_near_names():
+    with pytest.raises(
+        TypeError, match=r"LoRAConfig has no option 'rnk' \(did you mean 'rank'\?\), 'z'; its options are"
+    ):
+        LoRAConfig(rnk=4, z=1)
+
+
 def test_injecting_twice_into_the_same_cell_is_refused():
     network = inject(Network(), LoRAConfig(rank=1, targets=["*.query"]))
     before = state_of(network)

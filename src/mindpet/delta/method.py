@@ -50,6 +50,13 @@ class DeltaConfig:
     layers: Sequence[int] | None = None
     modules_to_save: Sequence[str] = ()
 
+    def __new__(cls, *unnamed: Any, **options: Any) -> "Self":
+        known = [entry.name for entry in fields(cls)]
+        wrong = [f"{name!r}{_checks.near(name, known)}" for name in options if name not in known]
+        if wrong:
+            raise TypeError(f"{cls.__name__} has no option {', '.join(wrong)}; its options are {', '.join(known)}.")
+        return super().__new__(cls)
+
     def __post_init__(self):
         owner = type(self).__name__
         for name in ("exclude", "modules_to_save"):

@@ -21,7 +21,7 @@ def method_named(name: str) -> Method:
         if name.lower() in (method.name, *method.aliases):
             return method
     raise ValueError(
-        f"There is no method {name!r}: the known ones are {', '.join(METHODS)}{_checks.near(name, METHODS)}."
+        f"There is no method {name!r}{_checks.near(name, METHODS)}; the known ones are {', '.join(METHODS)}."
     )
 
 

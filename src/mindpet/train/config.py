@@ -317,9 +317,9 @@ def method_config(section: MethodSection, **more: Any) -> Any:
     names = {alias for method in METHODS.values() for alias in (method.name, *method.aliases)}
     if section.name.lower() not in names:
         close = difflib.get_close_matches(section.name.lower(), METHOD_NAMES, n=2)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise ValueError(
-            f"name: there is no method {section.name!r}; the known ones are {', '.join(METHOD_NAMES)}{hint}"
+            f"name: there is no method {section.name!r}{hint}; the known ones are {', '.join(METHOD_NAMES)}"
         )
     kind = method_named(section.name).config
     known = [entry.name for entry in dataclasses.fields(kind)]
