@@ -124,6 +124,19 @@ def own_parameters(cell: nn.Cell) -> dict[str, ms.Parameter]:
     return {name: parameter for name, parameter in cell._params.items() if parameter is not None}
 
 
+@contextmanager
+def shown_parameters(cells: list[nn.Cell]) -> Iterator[None]:
+    """Within it, those `hidden_parameters` (names) that a Cell has among its attributes are parameters of the Cell."""
+    try:
+        for cell in cells:
+            cell._params.update({name: getattr(cell, name) for name in cell.hidden_parameters})
+        yield
+    finally:
+        for cell in cells:
+            for name in cell.hidden_parameters:
+                cell._params.pop(name, None)
+
+
 def set_child(parent: nn.Cell, name: str, child: nn.Cell) -> None:
     """Put a Cell in the place of another. Plain ``setattr`` would rename the parameters that both share."""
     parent._cells[name] = child
@@ -196,6 +209,11 @@ def set_reuse_key(cell: nn.Cell, key: str | None) -> None:
 def has_reuse_key(cell: nn.Cell) -> bool:
     """Whether somebody has given this Cell such a key already, as ``ms.lazy_inline`` does."""
     return hasattr(cell, "_cell_init_args") or "no_inline" in vars(cell)
+
+
+def is_lazily_inlined(cell: nn.Cell) -> bool:
+    """Whether a Cell has such a key from ``ms.lazy_inline`` or :func:`set_reuse_key`."""
+    return str(getattr(cell, "_cell_init_args", "")).startswith("lazy_inline")
 
 
 def copy_recompute(source: nn.Cell, target: nn.Cell) -> None:

@@ -67,6 +67,7 @@ def test_wrong_arguments_are_refused_and_not_read():
             direct.call(library, "attention_backward", *attention, *inputs, shape=query.shape, more=more)
     with pytest.raises(ValueError, match="returned 1"):
         direct.call(library, "dense_forward", x, x[:, :2], shape=(2, 2))
+    wide, codes, factors = np.ones((6, 64), np.float32), np.zeros((12, 16), np.uint8), np.zeros((12, 2), np.float32)
     wrong = [
         ("dense_forward", (x, x[0])),
         ("dense_backward", (x, x)),
@@ -104,6 +105,11 @@ def test_wrong_arguments_are_refused_and_not_read():
         ("rotary_forward", (x, x, x)),
         ("cross_entropy_forward", (x, np.zeros(1, np.int32))),
         ("cross_entropy_backward", (x, np.zeros(1, np.int32), x[0, :2])),
+        ("packed_forward", (wide[:5], wide, codes, factors)),
+        ("packed_forward", (wide[:1, :32], wide, codes, factors)),
+        ("packed_forward", (wide[:1], wide, codes[:-1], factors)),
+        ("packed_forward", (wide[:1], wide, codes[:, :8], factors)),
+        ("packed_forward", (wide[:1], wide, codes, factors[:-1])),
         ("head_loss", (x, x[:, :2], np.zeros(2, np.int32))),
         ("head_loss", (x, x, np.zeros(1, np.int32))),
         ("head_loss", (x, x, x[:, 0])),

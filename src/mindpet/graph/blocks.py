@@ -45,16 +45,18 @@ def equal_blocks_as_one(cell: nn.Cell) -> Iterator[None]:
             f"For 'equal_blocks_as_one', 'cell' must be a Cell, such as a training step, but got {_checks.shown(cell)}."
         )
     marked = []
-    try:
-        for blocks in equal_blocks(cell):
-            key = f"mindpet_block_{next(_NUMBERS)}"
-            for block in blocks:
-                marked.append(block)
-                _compat.set_reuse_key(block, key)
-        yield
-    finally:
-        for block in marked:
-            _compat.set_reuse_key(block, None)
+    hiding = [inner for _, inner in cell.cells_and_names() if hasattr(inner, "hidden_parameters")]
+    with _compat.shown_parameters(hiding):  # or those of the first block would be taken for all
+        try:
+            for blocks in equal_blocks(cell):
+                key = f"mindpet_block_{next(_NUMBERS)}"
+                for block in blocks:
+                    marked.append(block)
+                    _compat.set_reuse_key(block, key)
+            yield
+        finally:
+            for block in marked:
+                _compat.set_reuse_key(block, None)
 
 
 @contextmanager

@@ -7,12 +7,13 @@ Only that of a LoRA branch's B comes with the gradient of what B is multiplied w
 from collections.abc import Callable
 from typing import Any
 
-from mindspore import Tensor, nn, ops
+from mindspore import Parameter, Tensor, nn, ops
 from mindspore import dtype as mstype
 
 from mindpet.delta.blockwise import DYNAMIC, Form
 from mindpet.kernels.build import library
 
+FEW = 4  # the most rows that packed weights are multiplied with
 NARROW = 16  # the largest rank of a LoRA branch whose products with A and B have kernels of their own
 
 
@@ -289,6 +290,30 @@ class _LoRASum(nn.Cell):
         dx = self.backward(dout, weight, slope, a)
         for_weight, for_bias = self.backward_weight(dout, x), self.backward_bias(dout)
         return dx, for_weight, for_bias, for_a, for_b, ops.zeros_like(hidden)
+
+
+class PackedProduct(nn.Cell):
+    """x W^T of a few rows of x and a W that codes and factors say too, as :mod:`mindpet.kernels.packing` makes them.
+
+    Only the gradients read W. A graph would keep several copies of a Tensor, and has none of a Parameter; that these
+    are, but no parameters of the network, whose checkpoints know nothing of them.
+    """
+
+    hidden_parameters = "codes", "factors"  # see mindpet.graph.blocks
+
+    def __init__(self, name: str, codes: Tensor, factors: Tensor):
+        super().__init__(auto_prefix=False)
+        for attribute, value in zip(self.hidden_parameters, (codes, factors)):
+            hidden = Parameter(value, name=f"mindpet_packed_{attribute}_{name}", requires_grad=False)
+            self.__dict__[attribute] = hidden  # not by setattr, which would make it the network's
+        self.forward = Kernel("packed_forward", _rows_and_outputs)
+        self.backward, self.backward_weight = ops.MatMul(), ops.MatMul(transpose_a=True)
+
+    def construct(self, x, weight):
+        return self.forward(x, weight, self.codes, self.factors)
+
+    def bprop(self, x, weight, out, dout):
+        return self.backward(dout, weight), self.backward_weight(dout, x)
 
 
 class SquareSum(nn.Cell):

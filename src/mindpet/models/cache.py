@@ -16,6 +16,8 @@ from mindspore import Parameter, Tensor, ops
 
 from mindpet import _checks, _compat
 from mindpet.graph.blocks import first_call
+from mindpet.kernels import build
+from mindpet.kernels.packing import pack_weights
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -43,6 +45,7 @@ class KeyValueCache:
         tokens = pairs[0][0].shape[0] if pairs else 0
         self.lengths = np.full(self.batch, tokens, np.int32)
         self._network = network
+        _pack(network)
         self.capacity = 0
         self.buffers: tuple[Parameter, ...] = ()
         self.reserve(tokens + virtual + length)
@@ -134,6 +137,8 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
     ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
     positions = np.where(mask, lengths[:, None] + np.arange(-ids.shape[1], 0), cache.capacity - 1).astype(np.int32)
     size = ids.shape[1]
+    if size > 1:
+        _pack(network)
     if size > 1 and _compat.in_graph_mode():
         missing, size = -size % PIECE, PIECE
         ids = np.pad(ids, ((0, 0), (missing, 0)))
@@ -147,6 +152,12 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
+
+
+def _pack(network: "CausalLanguageModel") -> None:
+    """Weights are packed, and what is packed is compared with them, for each cache and prompt, not for each token."""
+    if build.available() and pack_weights(network, network.tied_table):
+        network.forget_caches()
 
 
 def _prefix_of(network: "CausalLanguageModel") -> list[list[np.ndarray]]:

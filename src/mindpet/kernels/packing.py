@@ -1,0 +1,77 @@
+"""Weights that were read from a file of 4 or 8 bits a weight, kept in as few beside their float32.
+
+A token that is generated reads every weight once, so that its time is that of reading them. Which weights came from
+such a file is seen by the weights alone: those that blocks of codes give back to the last bit. Nothing changes but the
+order in which products are summed.
+"""
+
+import ctypes
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from mindspore import Parameter, Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet import _compat
+from mindpet.kernels import build
+from mindpet.kernels.cells import FastMatMul
+from mindpet.kernels.operators import PackedProduct
+
+BLOCK = 32  # weights of a row that share a scale and an offset
+_BYTES = (16, 32)  # of a block
+_WORTHWHILE = 1 << 15  # weights
+
+
+def pack_weights(network: nn.Cell, table: Parameter | None = None) -> bool:
+    """Pack what can be packed, and let go of what its weights are not any more; whether anything changed.
+
+    Args:
+        network: one that :func:`mindpet.kernels.accelerate` has been through. Weights that train are left alone.
+        table: what its tied head, at ``head``, multiplies with.
+    """
+    if any(_compat.is_lazily_inlined(cell) for _, cell in network.cells_and_names()):
+        return False  # blocks that somebody has MindSpore compile as one would all take the first one's
+    changed = False
+    for product, weight in _products(network, table):
+        if product.packed is not None and not _agrees(product.packed, weight):
+            product.packed, product.unpackable, changed = None, True, True
+        elif product.packed is None and not hasattr(product, "unpackable"):
+            product.packed = _packed(weight)
+            if product.packed is None:
+                product.unpackable = True
+            changed = changed or product.packed is not None
+    return changed
+
+
+def _products(network: nn.Cell, table: Parameter | None) -> Iterator[tuple[FastMatMul, Parameter]]:
+    pairs = [(getattr(cell, "matmul", None), getattr(cell, "weight", None)) for _, cell in network.cells_and_names()]
+    for product, weight in [(getattr(network, "head", None), table), *pairs]:
+        if isinstance(product, FastMatMul) and isinstance(weight, Parameter) and _may_be_packed(weight):
+            yield product, weight
+
+
+def _may_be_packed(weight: Any) -> bool:
+    large = weight.ndim == 2 and weight.size >= _WORTHWHILE and weight.shape[1] % BLOCK == 0
+    return large and weight.dtype == mstype.float32 and not weight.requires_grad
+
+
+def _packed(weight: Parameter) -> PackedProduct | None:
+    out, into = weight.shape
+    for size in _BYTES:
+        codes = np.empty((out * into // BLOCK, size), np.uint8)
+        factors = np.empty((out * into // BLOCK, 2), np.float32)
+        if _call("mindpet_pack", weight, codes, factors):
+            return PackedProduct(weight.name, Tensor(codes), Tensor(factors))
+    return None
+
+
+def _agrees(packed: PackedProduct, weight: Parameter) -> bool:
+    return _call("mindpet_is_packed", weight, packed.codes.asnumpy(), packed.factors.asnumpy())
+
+
+def _call(function: str, weight: Parameter, codes: np.ndarray, factors: np.ndarray) -> bool:
+    values = np.ascontiguousarray(weight.asnumpy())
+    pointers = [ctypes.c_void_p(array.ctypes.data) for array in (values, codes, factors)]
+    sizes = (ctypes.c_int64(each) for each in (*weight.shape, codes.shape[1]))
+    return bool(getattr(ctypes.CDLL(str(build.library())), function)(pointers[0], *sizes, *pointers[1:]))

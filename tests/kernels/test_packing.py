@@ -1,0 +1,180 @@
+"""Weights of few bits: found where they are, the same numbers, never those of yesterday."""
+
+import copy
+
+import mindspore as ms
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mindspore import Parameter, Tensor, nn, ops
+
+import mindpet
+from mindpet.graph.blocks import equal_blocks_as_one
+from mindpet.kernels import build, operators
+from mindpet.kernels.packing import _agrees, _packed, pack_weights
+from mindpet.models import generate
+from tests.models import causal
+
+pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
+
+KINDS = ("Q4_0", "Q4_1", "Q8_0")
+SIZES = {"vocab_size": 600, "hidden_size": 192, "intermediate_size": 256}
+
+
+def coarse(kind, values):
+    """What a file of that kind makes of these values."""
+    kind = GGMLQuantizationType[kind]
+    return quants.dequantize(quants.quantize(values.astype(np.float32), kind), kind).astype(np.float32)
+
+
+def packed(values):
+    return _packed(Parameter(Tensor(values), name="w", requires_grad=False))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    out=st.integers(1, 70),
+    blocks=st.integers(1, 5),
+    scale=st.sampled_from([1e-6, 0.03, 1.0, 900.0]),
+    shift=st.sampled_from([0.0, 1.0, -40.0]),
+    seed=st.integers(0, 99),
+)
+def test_products_are_those_of_the_weights(kind, rows, out, blocks, scale, shift, seed):
+    generator = np.random.default_rng(seed)
+    values = scale * (generator.standard_normal((out, 32 * blocks)) + shift)
+    values[0, :32] = 0
+    weight = coarse(kind, values)
+    found = packed(weight)
+    assert found is not None
+    assert found.codes.shape[1] <= (32 if kind == "Q8_0" else 16)
+    x = generator.standard_normal((min(rows, operators.FEW), weight.shape[1])).astype(np.float32)
+    right = x.astype(np.float64) @ weight.T.astype(np.float64)
+    np.testing.assert_allclose(found(Tensor(x), Tensor(weight)).asnumpy(), right, atol=2e-6 * (1 + np.abs(right).max()))
+
+
+@pytest.mark.parametrize("spoilt", [1e-3, np.nan, np.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_single_other_weight_is_not_packed(kind, spoilt, rng):
+    weight = coarse(kind, rng.standard_normal((40, 64)))
+    assert packed(weight) is not None
+    weight[39, 63] += spoilt
+    assert packed(weight) is None
+    assert packed(rng.standard_normal((40, 64)).astype(np.float32)) is None
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_product(kind, mode, rng):
+    weight, x = coarse(kind, rng.standard_normal((40, 64))), rng.standard_normal((3, 64)).astype(np.float32)
+    probe = rng.standard_normal((3, 40)).astype(np.float32)
+
+    class Probed(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            self.product = packed(weight)
+
+        def construct(self, x, weight):
+            return (self.product(x, weight) * Tensor(probe)).sum()
+
+    slopes = ops.grad(Probed(), (0, 1))(Tensor(x), Tensor(weight))
+    np.testing.assert_allclose(slopes[0].asnumpy(), probe @ weight, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(slopes[1].asnumpy(), probe.T @ x, rtol=1e-4, atol=1e-4)
+
+
+def from_a_file(kind, family="llama, tied"):
+    """A frozen network whose matrices are what a file of that kind would hold, accelerated for graph mode."""
+    network = causal.build(family, **SIZES)
+    for parameter in network.get_parameters():
+        parameter.requires_grad = False
+        if parameter.ndim == 2:
+            parameter.set_data(Tensor(coarse(kind, parameter.asnumpy())))
+    return network
+
+
+def products(network):
+    return [each for _, each in network.cells_and_names() if isinstance(each, operators.PackedProduct)]
+
+
+@pytest.fixture
+def graph_mode():
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.mark.usefixtures("graph_mode")
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_says_the_same_and_its_checkpoint_is_as_before(kind):
+    plain, fast = from_a_file(kind), mindpet.accelerate(from_a_file(kind))
+    names = list(fast.parameters_dict())
+    prompt = causal.tokens(2, 5)
+    said = [list(map(list, generate(network, prompt, max_tokens=7))) for network in (plain, fast)]
+    assert said[0] == said[1]
+    assert len(products(fast)) == 11  # the head and five of each layer: keys and values are too small
+    assert not products(plain)
+    assert list(fast.parameters_dict()) == names
+    again = copy.deepcopy(fast)
+    assert list(map(list, generate(again, prompt, max_tokens=7))) == said[0]
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_weights_that_change_are_noticed():
+    network = mindpet.accelerate(from_a_file("Q8_0"))
+    ids, ones = causal.tokens(1, 3), np.ones((1, 3), np.int32)
+    first = network.step(ids, ones, network.new_cache(1, 8)).asnumpy()
+    packed_before = len(products(network))
+    cell = network.model.layers[1].mlp.up_proj
+    cell.weight.set_data(Tensor(cell.weight.asnumpy() * np.float32(1.01)))
+    plain = from_a_file("Q8_0")
+    plain.model.layers[1].mlp.up_proj.weight.set_data(cell.weight)
+    cache, expected = network.new_cache(1, 8), plain.new_cache(1, 8)
+    for tokens, mask in ((ids, ones), (ids[:, :1], ones[:, :1])):
+        found = network.step(tokens, mask, cache).asnumpy()
+        np.testing.assert_allclose(found, plain.step(tokens, mask, expected).asnumpy(), atol=1e-4)
+    assert np.abs(found - first).max() > 1e-3
+    assert len(products(network)) == packed_before - 1
+    assert all(_agrees(each.packed, weight) for each, weight in packed_of(network))
+
+
+def packed_of(network):
+    from mindpet.kernels.packing import _products
+
+    return [(product, weight) for product, weight in _products(network, network.tied_table) if product.packed]
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_weights_that_train_and_merged_ones_are_left_alone():
+    network = from_a_file("Q4_1")
+    mindpet.inject(network, mindpet.LoRAConfig(rank=2, targets=["*.up_proj"], modules_to_save=["*.0.mlp.gate_proj"]))
+    mindpet.accelerate(network)
+    assert pack_weights(network, network.tied_table)
+    held = {weight.name for _, weight in packed_of(network)}
+    assert "model.layers.0.mlp.up_proj.weight" in held  # the frozen weight beside a branch
+    assert "model.layers.0.mlp.gate_proj.weight" not in held
+    assert not pack_weights(network, network.tied_table)  # nothing new
+    for parameter in network.trainable_params():
+        parameter.set_data(Tensor(0.1 + parameter.asnumpy()))
+    mindpet.merge(network)
+    network.new_cache(1, 4)
+    assert not any("up_proj" in weight.name for _, weight in packed_of(network))
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_blocks_compiled_as_one_keep_their_own():
+    network, plain = mindpet.accelerate(from_a_file("Q4_1")), from_a_file("Q4_1")
+    assert pack_weights(network, network.tied_table)
+    ids = Tensor(causal.tokens(1, 4))
+    expected = plain(ids, ops.ones_like(ids)).asnumpy()
+    with equal_blocks_as_one(network):
+        found = network(ids, ops.ones_like(ids)).asnumpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_blocks_that_somebody_else_compiles_as_one_are_left_alone():
+    network = mindpet.accelerate(from_a_file("Q4_1"))
+    network.model.layers[0].cell_init_args = "lazy_inline_mine"
+    assert not pack_weights(network, network.tied_table)
