@@ -1,10 +1,10 @@
 """Time the generation of text beside transformers: SmolLM2-135M, one prompt, the likeliest token each time.
 
-python benchmarks/generation.py [--rounds 7] [--prompt 32] [--tokens 64] [--json generation.json]
+python benchmarks/generation.py [--model smollm2.gguf] [--rounds 7] [--prompt 32] [--tokens 64] [--json generation.json]
 
 Each side is a process of its own with all cores and keeps keys and values; a round is a whole continuation of the
-prompt by one and then by the other. Weights are random and the same for both, float32; the two must say the same
-tokens. Needs torch and transformers.
+prompt by one and then by the other. Weights are the same for both, float32: those of the GGUF file, or random ones; the
+two must say the same tokens. Needs torch and transformers.
 """
 
 import argparse
@@ -19,8 +19,12 @@ from against_peft import SMOLLM2
 from turns import Side, answer, load_of_machine
 
 
-def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Random ones, by the names of Hugging Face."""
+def weights(model: str | None, shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """By the names of Hugging Face: those of a file, or random ones."""
+    if model:
+        from mindpet.models import open_pretrained
+
+        return {name: value for name, value in open_pretrained(model).tensors().items() if name in shapes}
     generator = np.random.default_rng(0)
     return {
         name: np.ones(shape, np.float32) if "norm" in name else generator.normal(0, 0.05, shape).astype(np.float32)
@@ -28,7 +32,7 @@ def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
     }
 
 
-def ours(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
+def ours(model: str | None, prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     """A function that continues the prompt."""
     import mindspore as ms
     from mindspore import Tensor
@@ -39,13 +43,13 @@ def ours(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     ms.set_context(mode=ms.GRAPH_MODE)
     network = models.LlamaForCausalLM(models.LlamaConfig.from_content({"model_type": "llama", **SMOLLM2}, "SmolLM2"))
     named = {each.name.replace("embedding_table", "weight"): each for each in network.get_parameters()}
-    for name, value in weights({name: each.shape for name, each in named.items()}).items():
+    for name, value in weights(model, {name: each.shape for name, each in named.items()}).items():
         named[name].set_data(Tensor(value))
     mindpet.accelerate(network)  # as `mindpet infer` does
     return lambda: list(models.generate(network, prompt, max_tokens=tokens))
 
 
-def theirs(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
+def theirs(path: str | None, prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     """A function that continues the prompt."""
     import torch
     import transformers
@@ -53,7 +57,7 @@ def theirs(prompt: list[int], tokens: int) -> Callable[[], list[int]]:
     model: Any = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMOLLM2)).eval()
     named = dict(model.named_parameters())
     with torch.no_grad():
-        for name, value in weights({name: tuple(each.shape) for name, each in named.items()}).items():
+        for name, value in weights(path, {name: tuple(each.shape) for name, each in named.items()}).items():
             named[name].copy_(torch.tensor(value))
     ids = torch.tensor([prompt])
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
@@ -70,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("rounds", 7), ("prompt", 32), ("tokens", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--model", default=None, help="a GGUF file of SmolLM2-135M; random weights without")
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--work", choices=("ours", "theirs"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -81,11 +86,12 @@ def main() -> None:
             said[:] = work()
             return 0.0
 
-        work = {"ours": ours, "theirs": theirs}[options.work](prompt, options.tokens)
+        work = {"ours": ours, "theirs": theirs}[options.work](options.model, prompt, options.tokens)
         answer(run, lambda: {"tokens": said})
         return
     load_of_machine()
-    sizes = "--prompt", str(options.prompt), "--tokens", str(options.tokens)
+    sizes: tuple[str, ...] = "--prompt", str(options.prompt), "--tokens", str(options.tokens)
+    sizes += ("--model", options.model) if options.model else ()
     sides = {name: Side(__file__, "--work", name, *sizes) for name in ("ours", "theirs")}
     first = {name: side.step() for name, side in sides.items()}
     times: dict[str, list[float]] = {name: [] for name in sides}

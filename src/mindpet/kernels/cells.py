@@ -111,7 +111,8 @@ class FastMatMul(_FastProduct):
     def __init__(self, original: ops.MatMul):
         super().__init__(auto_prefix=False)
         self.fast, self.original = operators.Product(), original
-        self.packed: Any = None  # the same for a few rows where nothing trains: see mindpet.kernels.packing
+        self.packed: Any = None  # for a few rows where nothing trains: see mindpet.kernels.packing
+        self.unpackable = False
 
     def construct(self, x, weight):
         if self.multiplies(x, weight):

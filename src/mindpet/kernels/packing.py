@@ -7,7 +7,6 @@ order in which products are summed.
 
 import ctypes
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -27,7 +26,7 @@ def pack_weights(network: nn.Cell, table: Parameter | None = None) -> bool:
     """Pack what can be packed, and let go of what its weights are not any more; whether anything changed.
 
     Args:
-        network: one that :func:`mindpet.kernels.accelerate` has been through. Weights that train are left alone.
+        network: one that :func:`mindpet.kernels.accelerate` has been through.
         table: what its tied head, at ``head``, multiplies with.
     """
     if any(_compat.is_lazily_inlined(cell) for _, cell in network.cells_and_names()):
@@ -36,24 +35,20 @@ def pack_weights(network: nn.Cell, table: Parameter | None = None) -> bool:
     for product, weight in _products(network, table):
         if product.packed is not None and not _agrees(product.packed, weight):
             product.packed, product.unpackable, changed = None, True, True
-        elif product.packed is None and not hasattr(product, "unpackable"):
+        elif product.packed is None and not product.unpackable:
             product.packed = _packed(weight)
-            if product.packed is None:
-                product.unpackable = True
-            changed = changed or product.packed is not None
+            product.unpackable = product.packed is None
+            changed = changed or not product.unpackable
     return changed
 
 
 def _products(network: nn.Cell, table: Parameter | None) -> Iterator[tuple[FastMatMul, Parameter]]:
     pairs = [(getattr(cell, "matmul", None), getattr(cell, "weight", None)) for _, cell in network.cells_and_names()]
     for product, weight in [(getattr(network, "head", None), table), *pairs]:
-        if isinstance(product, FastMatMul) and isinstance(weight, Parameter) and _may_be_packed(weight):
+        if not isinstance(product, FastMatMul) or not isinstance(weight, Parameter) or weight.dtype != mstype.float32:
+            continue
+        if weight.size >= _WORTHWHILE and weight.shape[1] % BLOCK == 0:
             yield product, weight
-
-
-def _may_be_packed(weight: Any) -> bool:
-    large = weight.ndim == 2 and weight.size >= _WORTHWHILE and weight.shape[1] % BLOCK == 0
-    return large and weight.dtype == mstype.float32 and not weight.requires_grad
 
 
 def _packed(weight: Parameter) -> PackedProduct | None:
