@@ -135,6 +135,7 @@ QUANTISES = {"qlora"}  # and so lets the weights go that it adapts
 STARTS_NEAR_IT = {"adapter", "adapter_fusion", "compacter"}
 
 
+@pytest.mark.exhaustive_in_graph("*-lora", "*-prefix", "*-prompt_tuning", "*-qlora")
 def test_the_start(mode, method):
     network = Tiny()
     before = network(inputs()).asnumpy()

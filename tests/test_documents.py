@@ -40,6 +40,7 @@ def without_comments(code):
     return [re.sub(r"\s*#.*", "", line) for line in code.splitlines() if not line.strip().startswith("#")]
 
 
+@pytest.mark.exhaustive_in_graph("*-README.md", "*-docs/guide.md", "*-docs/speed.md")
 @pytest.mark.parametrize("path", RUNNABLE)
 def test_python_in_documents_runs_as_it_stands(path, mode, tmp_path):
     header = f"import mindspore as ms\nms.set_context(mode=ms.{mode.upper()}_MODE)\n"

@@ -43,7 +43,7 @@ def sections(optimizer):
     return TrainSection(optimizer=optimizer, weight_decay=0.1), np.linspace(0.1, 0.01, STEPS).tolist()
 
 
-@pytest.mark.exhaustive_in_graph("graph-adam")
+@pytest.mark.exhaustive_in_graph
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
 def test_each_step_is_the_inner_optimizer_s_and_the_budget_s(mode, optimizer):
     cell = network()

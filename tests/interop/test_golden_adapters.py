@@ -103,6 +103,7 @@ def differences(case):
     return differ
 
 
+@pytest.mark.exhaustive_in_graph("*-adapter", "*-fusion")
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_and_gradients_are_those_of_the_library(mode, case):
     found = differences(case)

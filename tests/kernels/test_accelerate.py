@@ -90,6 +90,7 @@ WAYS = {
 }
 
 
+@pytest.mark.exhaustive_in_graph("*-before-LoRA", "*-after-all trains")
 @pytest.mark.parametrize(
     ("order", "way"), [("before", "all trains"), ("before", "LoRA"), *(("after", way) for way in WAYS)]
 )

@@ -74,6 +74,7 @@ def test_hidden_states_equal_the_formula(mode, directory):
     np.testing.assert_allclose(hidden.asnumpy()[:, :7], expected[:, :7], atol=2e-5)
 
 
+@pytest.mark.exhaustive_in_graph("*-config0")
 @pytest.mark.parametrize(
     "config",
     [

@@ -62,6 +62,7 @@ def test_a_later_token_changes_nothing_before_it(mode, family):
     assert (np.abs(one[:, 4:] - other[:, 4:]).max(-1) > 1e-2).all()
 
 
+@pytest.mark.exhaustive_in_graph("*-llama")
 @pytest.mark.parametrize("kind", KINDS)
 def test_samples_packed_into_a_row_see_the_prefix_and_not_each_other(mode, kind):
     network = fill(inject(build(kind), PTuning2Config(tokens=3)))
@@ -72,6 +73,7 @@ def test_samples_packed_into_a_row_see_the_prefix_and_not_each_other(mode, kind)
     np.testing.assert_allclose(together[:, 4:9], logits(network, second), **NEAR)
 
 
+@pytest.mark.exhaustive_in_graph("*-llama-left")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_changes_nothing(mode, kind, side):
@@ -154,12 +156,14 @@ def test_targets_that_are_given_must_all_match():
         inject(build("llama"), LoRAConfig(targets=["*.q_proj", "*.c_attn"]))
 
 
+@pytest.mark.exhaustive_in_graph("*-llama, tied")
 @pytest.mark.parametrize("family", HEADS)
 def test_a_cache_continues_as_the_whole_text_does(mode, family):
     network, ids = build(family), tokens(2, 6)
     np.testing.assert_array_equal(greedy_with_cache(network, ids, 8), greedy(network, ids, 8, 14))
 
 
+@pytest.mark.exhaustive_in_graph("*-gpt2-ptuning2")
 @pytest.mark.parametrize(("kind", "method"), [("llama", "lora"), ("gpt2", "ptuning2"), ("llama", "adaption_prompt")])
 def test_a_cache_knows_deltas_in_both_modes(mode, kind, method):
     test_a_cache_knows_deltas(kind, method)
@@ -174,6 +178,7 @@ def test_a_cache_knows_deltas(kind, method):
     np.testing.assert_allclose(network.step(ids[:, 5:], None, cache).asnumpy(), logits(network, ids)[:, 5], **NEAR)
 
 
+@pytest.mark.exhaustive_in_graph("*-gpt2-right")
 @pytest.mark.parametrize(("kind", "side"), [("llama", "left"), ("gpt2", "right")])
 def test_prompts_of_different_lengths_share_a_cache(mode, kind, side):
     network, lengths = build(kind), (2, 7, 40)

@@ -86,7 +86,7 @@ NAMES = (*DOCUMENTED, "full")
 COMPILED = [pytest.param(name, "graph", marks=() if name == "lora" else pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.exhaustive_in_graph("lora-*")
+@pytest.mark.exhaustive_in_graph
 @pytest.mark.parametrize(("method", "train_mode"), [*((name, "pynative") for name in NAMES), *COMPILED])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_the_perplexity_falls_with_every_method(tmp_path, story, method, train_mode):
@@ -187,7 +187,7 @@ class StopAt(Reporter):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("train_mode", ["graph", "pynative"])
+@pytest.mark.parametrize("train_mode", ["graph", pytest.param("pynative", marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("back_to_pynative")
 def test_a_resumed_run_equals_an_uninterrupted_one(model, story, tmp_path, train_mode):
     more = (
@@ -325,8 +325,9 @@ def test_smollm2_learns_from_a_gguf_file(tmp_path):
     lines = "".join(f"{row['text']}, said the {row['label']}.\n" for row in map(_named, questions(400)))
     (tmp_path / "train.txt").write_text(lines)
     more = (
-        "data.holdout=20",
+        "data.holdout=10",
         "data.max_length=64",
+        "train.batch_size=4",
         "train.max_steps=20",
         "train.learning_rate=1e-3",
         "train.mode=graph",

@@ -81,12 +81,12 @@ def assert_same_runs(one, other):
 def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pynative, chosen):
     """13 rows held out and 49 to train on: neither is a multiple of a batch of 8, nor of two processes."""
     common = overrides(*inputs, tmp_path, "data.holdout=13", "train.epochs=3", "train.learning_rate=0.003")
-    common += ["model.dropout=0.1", "train.max_steps=21"]
+    common += ["model.dropout=0.1", "train.max_steps=10"]
     runs = {name: [*common, *more] for name, more in chosen.items()}
     story = tmp_path / "story.txt"
     story.write_text(stories(60))
     language = [f"model.path={write_language_model(tmp_path / 'language')}", f"data.train={story}"]
-    language += ["data.max_length=32", "train.batch_size=3", "train.learning_rate=0.01", "train.max_steps=21"]
+    language += ["data.max_length=32", "train.batch_size=3", "train.learning_rate=0.01", "train.max_steps=10"]
     runs["language"] = [*language, "method.name=lora", "method.dropout=0.1", "data.holdout=0.1"]
     together, alone = tmp_path / "together", tmp_path / "alone"
     for directory in (together, alone):
@@ -99,7 +99,7 @@ def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pyn
         assert_same_runs(alone / name, together / name)
         report = json.loads((together / name / "report.json").read_text())
         assert report["processes"] == 2
-        assert len([record for record in read_metrics(together / name / "metrics.jsonl") if "loss" in record]) == 21
+        assert len([record for record in read_metrics(together / name / "metrics.jsonl") if "loss" in record]) == 10
 
 
 @pytest.mark.exhaustive_in_graph("*-shape0-3")
@@ -189,7 +189,7 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
     """Killed, resumed by two, interrupted, resumed by one: the end is that of a run nothing happened to."""
     directory = tmp_path / "run"
     settings = overrides(*inputs, tmp_path, "method.name=lora", "method.dropout=0.1", "train.epochs=60")
-    settings += ["train.max_steps=400", "train.save_every=7", "train.evaluate_every=100", "train.learning_rate=0.001"]
+    settings += ["train.max_steps=150", "train.save_every=7", "train.evaluate_every=50", "train.learning_rate=0.001"]
     together = load_run(None, [*settings, f"output.directory={directory}", PROCESSES])
 
     watch = Watch(30, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
@@ -202,8 +202,8 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
     wait_until(lambda: not of_job(directory), 5)
     saved = max(watch.steps) // 7 * 7
 
-    watch = Watch(saved + 40, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 400; it is saved.\nGo on with: mindpet finetune"):
+    watch = Watch(saved + 30, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 150; it is saved.\nGo on with: mindpet finetune"):
         run.finetune(together, watch, resume=True)
     assert watch.steps[0] in range(saved - 13, saved + 15)
     assert not of_job(directory)
