@@ -11,6 +11,9 @@ import mindspore as ms
 import numpy as np
 import pytest
 
+gc.freeze()  # a twentieth of the time went into looking at MindSpore's own objects again and again
+gc.set_threshold(20_000, 20, 20)
+
 MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 
 
@@ -38,8 +41,6 @@ def _device(tmp_path_factory):
     ms.set_device("CPU")
     ms.set_context(pynative_synchronize=True)  # small operators are fifty times faster without the queue
     ms.set_context(save_graphs_path=str(tmp_path_factory.mktemp("graphs")))
-    gc.freeze()  # a twentieth of the time went into looking at MindSpore's own objects again and again
-    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.fixture(autouse=True)

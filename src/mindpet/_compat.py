@@ -127,14 +127,14 @@ def own_parameters(cell: nn.Cell) -> dict[str, ms.Parameter]:
 @contextmanager
 def shown_parameters(cells: list[nn.Cell]) -> Iterator[None]:
     """Within it, those `hidden_parameters` (names) that a Cell has among its attributes are parameters of the Cell."""
+    shown = [(cell, name) for cell in cells for name in cell.hidden_parameters if name not in cell._params]
     try:
-        for cell in cells:
-            cell._params.update({name: getattr(cell, name) for name in cell.hidden_parameters})
+        for cell, name in shown:
+            cell._params[name] = getattr(cell, name)
         yield
     finally:
-        for cell in cells:
-            for name in cell.hidden_parameters:
-                cell._params.pop(name, None)
+        for cell, name in shown:
+            cell._params.pop(name, None)
 
 
 def set_child(parent: nn.Cell, name: str, child: nn.Cell) -> None:

@@ -59,7 +59,7 @@ def test_a_miss_shows_near_names():
 
 
 def test_a_target_of_another_kind_says_what_it_is():
-    with pytest.raises(ValueError, match=r"'\*.norm'; it matches layers.0.norm, a LayerNorm, and 2 more$"):
+    with pytest.raises(ValueError, match=r"'\*.norm'; it matches layers.0.norm .LayerNorm. and 2 more$"):
         inject(Network(), LoRAConfig(targets=["*.query", "*.norm"]))
     with pytest.raises(ValueError, match="LayerNorm'>\"; it matches layers.0.norm"):
         inject(Network(), LoRAConfig(targets=[nn.LayerNorm]))

@@ -55,7 +55,8 @@ def digests(library):
     attention = (query, key, value, hidden, words, keys, np.array([6, 2], np.int32), np.array([0.2, 1.3], np.float32))
     quantised = (up[:, :128].reshape(-1)[:64].view(np.uint8), losses[:8].copy())  # 8 blocks of 64 entries, in 256 bytes
     tables = (epsilon, epsilon, *(generator.standard_normal(shape, np.float32) for shape in ((256, 2), 256)))
-    codes, pairs = words[:480].view(np.uint8).reshape(120, 16), generator.standard_normal((120, 2), np.float32)
+    codes = generator.integers(0, 256, (4500, 16)).astype(np.uint8)
+    pairs = generator.standard_normal((4500, 2), np.float32)
     calls = {
         "gelu_forward": ((x,), same),
         "gelu_backward": ((x, dy), same),
@@ -76,7 +77,7 @@ def digests(library):
         "softmax_backward": ((scores, slopes), scores.shape),
         "cross_entropy_forward": ((x, labels), (rows,)),
         "cross_entropy_backward": ((x, labels, losses), same),
-        "head_loss": ((x, up, labels), (rows,), (same,)),
+        "head_loss": ((x[:99], np.concatenate([up, dy]), labels[:99]), (99,), ((99, columns),)),
         "dropout_apply": ((x, words, keys, epsilon), same),
         "dense_forward": ((x, up), (rows, rows)),
         "dense_forward_bias": ((x, up, losses), (rows, rows)),
@@ -90,7 +91,7 @@ def digests(library):
         "square_sum": ((x,), (1,)),
         "quantised_forward": ((dy[:, :32], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 16)),
         "quantised_backward": ((dy[:, :16], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 32)),
-        "packed_forward": ((dy[:4, :96], up[:40, :96], codes, pairs), (4, 40)),
+        "packed_forward": ((dy[:4, :96], up[:1500, :96], codes, pairs), (4, 1500)),
         "attention_forward": (attention, query.shape),
         "attention_backward": ((*attention, query, query), query.shape, (key.shape, key.shape)),
     }

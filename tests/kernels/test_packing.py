@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from mindspore import Parameter, Tensor, nn, ops
 
 import mindpet
+from mindpet.delta.registry import METHODS
 from mindpet.graph.blocks import equal_blocks_as_one
 from mindpet.kernels import build, operators
-from mindpet.kernels.packing import _agrees, _packed, pack_weights
-from mindpet.models import generate
+from mindpet.kernels.packing import _agrees, _packed, _products, pack_weights, packed_in_use
+from mindpet.models import cache, generate
+from mindpet.train.step import SummedLoss, TrainStep
 from tests.models import causal
 
-pytestmark = pytest.mark.skipif(not build.available(), reason=f"no kernels here: {build.why_not()}")
+
+def _packs():
+    """Whether anything is packed on this machine: without AVX2 nothing is."""
+    return build.available() and _packed(Parameter(Tensor(np.zeros((1, 32), np.float32)), name="w")) is not None
+
+
+pytestmark = pytest.mark.skipif(not _packs(), reason=f"nothing is packed here: {build.why_not() or 'no AVX2'}")
 
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
 SIZES = {"vocab_size": 600, "hidden_size": 192, "intermediate_size": 256}
@@ -122,26 +130,46 @@ def test_a_network_says_the_same_and_its_checkpoint_is_as_before(kind):
 
 @pytest.mark.usefixtures("graph_mode")
 def test_weights_that_change_are_noticed():
-    network = mindpet.accelerate(from_a_file("Q8_0"))
+    network, plain = mindpet.accelerate(from_a_file("Q8_0")), from_a_file("Q8_0")
     ids, ones = causal.tokens(1, 3), np.ones((1, 3), np.int32)
+    both = [Tensor(ids), Tensor(ones)]
     first = network.step(ids, ones, network.new_cache(1, 8)).asnumpy()
-    packed_before = len(products(network))
-    cell = network.model.layers[1].mlp.up_proj
-    cell.weight.set_data(Tensor(cell.weight.asnumpy() * np.float32(1.01)))
-    plain = from_a_file("Q8_0")
-    plain.model.layers[1].mlp.up_proj.weight.set_data(cell.weight)
-    cache, expected = network.new_cache(1, 8), plain.new_cache(1, 8)
+    held = len(products(network))
+    cache = network.new_cache(1, 8)
+    network.step(ids, ones, cache)
+    for each in (network, plain):
+        weight = each.model.layers[1].mlp.up_proj.weight
+        weight.set_data(Tensor(weight.asnumpy() * np.float32(1.5)))
+    np.testing.assert_allclose(network(*both).asnumpy(), plain(*both).asnumpy(), atol=1e-4)  # it uses none
+    cache.lengths[:] = 0  # the prompt once more
+    expected = plain.new_cache(1, 8)
     for tokens, mask in ((ids, ones), (ids[:, :1], ones[:, :1])):
         found = network.step(tokens, mask, cache).asnumpy()
         np.testing.assert_allclose(found, plain.step(tokens, mask, expected).asnumpy(), atol=1e-4)
     assert np.abs(found - first).max() > 1e-3
-    assert len(products(network)) == packed_before - 1
-    assert all(_agrees(each.packed, weight) for each, weight in packed_of(network))
+    assert len(products(network)) == held - 1
+    assert all(_agrees(product.packed, weight) for product, weight in packed_of(network))
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_training_after_generation_is_training():
+    """Four rows are few: but a step reads the weights."""
+    curves = []
+    for generates in (False, True):
+        network = from_a_file("Q4_1").set_train()
+        for parameter in network.get_parameters():
+            parameter.requires_grad = True
+        mindpet.accelerate(network)
+        if generates:
+            list(generate(network, [1, 2, 3], max_tokens=2))
+            assert products(network)
+        step = TrainStep(SummedLoss(network), nn.SGD(network.trainable_params(), 0.01), 1.0)
+        columns = [Tensor(causal.tokens(1, 4)), ops.ones((1, 4), ms.int32), Tensor(causal.tokens(1, 4, seed=1))]
+        curves.append([float(step(*columns)[0]) for _ in range(4)])
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
 
 
 def packed_of(network):
-    from mindpet.kernels.packing import _products
-
     return [(product, weight) for product, weight in _products(network, network.tied_table) if product.packed]
 
 
@@ -163,13 +191,54 @@ def test_weights_that_were_trained_or_merged_are_let_go():
     assert not pack_weights(network, network.tied_table)
 
 
+DENSE = sorted(name for name, method in METHODS.items() if nn.Dense in method.adapt and name != "qlora")
+
+
+@pytest.mark.parametrize("method", [*DENSE, "trainable_tokens"])
+def test_every_method_multiplies_with_what_it_means(method):
+    """Some change the weight before they multiply with it: those have it read as it is."""
+    config = METHODS[method].config
+    options = {"token_indices": [1, 2]} if method == "trainable_tokens" else {}
+    targets = ["*.embed_tokens"] if method == "trainable_tokens" else ["*.up_proj", "*.q_proj"]
+    if method == "adaption_prompt":
+        targets = None
+    network = from_a_file("Q8_0")
+    mindpet.inject(network, config(targets=targets, **options))
+    generator = np.random.default_rng(2)
+    for parameter in network.trainable_params():
+        change = 0.1 * generator.standard_normal(parameter.shape)
+        parameter.set_data(Tensor(parameter.asnumpy() + change, parameter.dtype))
+    ids = Tensor(causal.tokens(1, 4))
+    expected = network(ids, ops.ones_like(ids)).asnumpy()
+    mindpet.accelerate(network, compiled=True)
+    cache._pack(network)
+    assert products(network)
+    with packed_in_use(network):
+        found = network(ids, ops.ones_like(ids)).asnumpy()
+    np.testing.assert_allclose(found, expected, atol=1e-4 * (1 + np.abs(expected).max()))
+
+
+def test_a_cell_of_somebody_else_may_change_its_weight():
+    class Doubled(nn.Dense):
+        def construct(self, x):
+            return self.matmul(x, self.weight * 2)
+
+    network = nn.SequentialCell(Doubled(256, 256, has_bias=False), nn.Dense(256, 256, has_bias=False))
+    for cell in network:
+        cell.weight.set_data(Tensor(coarse("Q4_1", cell.weight.asnumpy())))
+    mindpet.accelerate(network, compiled=True)
+    assert pack_weights(network)
+    assert len(products(network)) == 1
+    assert network[1].matmul.packed is not None
+
+
 @pytest.mark.usefixtures("graph_mode")
 def test_blocks_compiled_as_one_keep_their_own():
     network, plain = mindpet.accelerate(from_a_file("Q4_1")), from_a_file("Q4_1")
     assert pack_weights(network, network.tied_table)
     ids = Tensor(causal.tokens(1, 4))
     expected = plain(ids, ops.ones_like(ids)).asnumpy()
-    with equal_blocks_as_one(network):
+    with packed_in_use(network), equal_blocks_as_one(network), equal_blocks_as_one(network):
         found = network(ids, ops.ones_like(ids)).asnumpy()
     np.testing.assert_allclose(found, expected, atol=1e-4)
 

@@ -67,7 +67,6 @@ def test_wrong_arguments_are_refused_and_not_read():
             direct.call(library, "attention_backward", *attention, *inputs, shape=query.shape, more=more)
     with pytest.raises(ValueError, match="returned 1"):
         direct.call(library, "dense_forward", x, x[:, :2], shape=(2, 2))
-    wide, codes, factors = np.ones((6, 64), np.float32), np.zeros((12, 16), np.uint8), np.zeros((12, 2), np.float32)
     wrong = [
         ("dense_forward", (x, x[0])),
         ("dense_backward", (x, x)),
@@ -105,16 +104,33 @@ def test_wrong_arguments_are_refused_and_not_read():
         ("rotary_forward", (x, x, x)),
         ("cross_entropy_forward", (x, np.zeros(1, np.int32))),
         ("cross_entropy_backward", (x, np.zeros(1, np.int32), x[0, :2])),
-        ("packed_forward", (wide[:5], wide, codes, factors)),
-        ("packed_forward", (wide[:1, :32], wide, codes, factors)),
-        ("packed_forward", (wide[:1], wide, codes[:-1], factors)),
-        ("packed_forward", (wide[:1], wide, codes[:, :8], factors)),
-        ("packed_forward", (wide[:1], wide, codes, factors[:-1])),
-        ("head_loss", (x, x[:, :2], np.zeros(2, np.int32))),
-        ("head_loss", (x, x, np.zeros(1, np.int32))),
-        ("head_loss", (x, x, x[:, 0])),
         ("cross_entropy_backward", (x, np.zeros(2, np.int32), x[0, :1])),
     ]
     for name, inputs in wrong:
         with pytest.raises(ValueError, match=f"{name} returned 1"):
             direct.call(library, name, *inputs, shape=x.shape)
+    wide, codes, factors = np.ones((6, 64), np.float32), np.zeros((12, 16), np.uint8), np.zeros((12, 2), np.float32)
+    one = wide[:1]
+    direct.call(library, "packed_forward", wide[:4], wide, codes, factors, shape=(4, 6))
+    for inputs, shape in (
+        ((wide[:5], wide, codes, factors), (5, 6)),
+        ((one[:, :32], wide, codes, factors), (1, 6)),
+        ((one, wide, codes[:-1], factors), (1, 6)),
+        ((one, wide, codes[:, :8], factors), (1, 6)),
+        ((one, wide, codes, factors[:-1]), (1, 6)),
+        ((one, wide, codes, factors), (1, 7)),
+        ((one[:0], wide, codes, factors), (0, 6)),
+    ):
+        with pytest.raises(ValueError, match="packed_forward returned 1"):
+            direct.call(library, "packed_forward", *inputs, shape=shape)
+    labels = np.zeros(2, np.int32)
+    direct.call(library, "head_loss", x, x, labels, shape=(2,), more=[x.shape])
+    for inputs, shapes in (
+        ((x, x[:, :2], labels), ((2,), x.shape)),
+        ((x, x, labels[:1]), ((2,), x.shape)),
+        ((x, x, x[:, 0]), ((2,), x.shape)),
+        ((x, x, labels), ((3,), x.shape)),
+        ((x, x, labels), ((2,), x[:1].shape)),
+    ):
+        with pytest.raises(ValueError, match="head_loss returned 1"):
+            direct.call(library, "head_loss", *inputs, shape=shapes[0], more=shapes[1:])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from fnmatch import fnmatchcase
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 from mindspore import nn
@@ -51,7 +52,10 @@ class DeltaConfig:
     modules_to_save: Sequence[str] = ()
 
     def __new__(cls, *unnamed: Any, **options: Any) -> "Self":
-        known = [entry.name for entry in fields(cls)]
+        taken = signature(cls.__init__).parameters
+        known = [name for name in taken if name != "self"]
+        if any(each.kind is each.VAR_KEYWORD for each in taken.values()):
+            return super().__new__(cls)
         wrong = [f"{name!r}{_checks.near(name, known)}" for name in options if name not in known]
         if wrong:
             raise TypeError(f"{cls.__name__} has no option {', '.join(wrong)}; its options are {', '.join(known)}.")

@@ -15,7 +15,7 @@ from mindpet import _checks, _compat
 from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_of
 from mindpet.graph.freeze_utils import names_of_parameters, parameters_below, train_only
-from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_paths
+from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_hint
 
 # attributes of a network
 _RECORD = "mindpet_injections"  # what was injected
@@ -112,10 +112,10 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     misses = dict(report.misses)
     for pattern in config.exclude:
         if not any(fnmatchcase(path, pattern) for path in candidates):
-            misses[pattern] = near_paths(pattern, candidates)
+            misses[pattern] = near_hint(pattern, candidates)
     for pattern in config.patterns():
         if not any(fnmatchcase(path, pattern) for path in matched):
-            misses[pattern] = near_paths(pattern, list(matched))
+            misses[pattern] = near_hint(pattern, list(matched))
     return TargetReport(matched, misses)
 
 

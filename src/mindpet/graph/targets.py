@@ -87,7 +87,7 @@ def find_targets(
         if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and in_layers(path, layers)
     }
     misses = {
-        str(pattern): _others(pattern, everything) or near_paths(str(pattern), candidates)
+        str(pattern): _others(pattern, everything) or near_hint(str(pattern), candidates)
         for pattern, paths in hits.items()
         if not paths
     }
@@ -106,11 +106,11 @@ def _others(pattern: str | type, everything: dict[str, nn.Cell]) -> str:
     """What cells a pattern means that are of a kind that cannot be adapted."""
     if pattern == "all-linear":
         return ""
-    found = [f"{path}, a {type(cell).__name__}" for path, cell in everything.items() if _means(pattern, path, cell)]
-    return f"it matches {found[0]}{f', and {len(found) - 1} more' if found[1:] else ''}" if found else ""
+    found = [f"{path} ({type(cell).__name__})" for path, cell in everything.items() if _means(pattern, path, cell)]
+    return f"it matches {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" if found else ""
 
 
-def near_paths(pattern: str, paths: Sequence[str] | dict) -> str:
+def near_hint(pattern: str, paths: Sequence[str] | dict) -> str:
     """Up to three paths that a misspelt pattern may have meant: the last names are compared."""
     tail = pattern.replace("*", "").strip(".").split(".")[-1]
     tails: dict[str, str] = {}

@@ -111,14 +111,13 @@ class FastMatMul(_FastProduct):
     def __init__(self, original: ops.MatMul):
         super().__init__(auto_prefix=False)
         self.fast, self.original = operators.Product(), original
-        self.packed: Any = None  # for a few rows where nothing trains: see mindpet.kernels.packing
-        self.unpackable = False
+        self.packed: Any = None  # the same of its only weight for a few rows: see mindpet.kernels.packing
+        self.uses_packed = False
 
     def construct(self, x, weight):
         if self.multiplies(x, weight):
             return self.fast(x, weight)
-        few = self.takes(x) and len(x.shape) == 2 and x.shape[0] <= operators.FEW
-        if self.packed is not None and not self.training and few:
+        if self.uses_packed and self.takes(x) and len(x.shape) == 2 and x.shape[0] <= operators.FEW:
             return self.packed(x, weight)
         return self.original(x, weight)
 

@@ -8,6 +8,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <condition_variable>
 #include <cstdint>
@@ -30,9 +31,11 @@ namespace mindpet {
 
 constexpr int64_t CHUNK = 8192;     // elements that a thread takes at a time
 constexpr int64_t SMALL = 65536;    // elements below which waking other threads costs more than it saves
+constexpr std::chrono::microseconds AWAKE{60};  // that a thread looks for the next kernel before it sleeps
 
-// Threads that sleep between two kernels. OpenMP's would go on spinning for a while and take the processor away from
-// the matrix product that follows. A thread that does not wake up in time is not waited for: whoever is awake takes the
+// Threads that sleep between two kernels, unless the next one comes at once: to wake a thread takes longer than some
+// kernels do. OpenMP's go on spinning for longer and take the processor away from the matrix product that follows; these
+// give it to whoever wants it. A thread that does not wake up in time is not waited for: whoever is awake takes the
 // next chunk. A second kernel at the same time runs on its caller's thread alone, and so does every kernel of a process
 // that was forked: it has none of the threads, and mutexes and condition variables as they stood at that moment.
 class Pool {
@@ -54,7 +57,7 @@ public:
             body_ = &body;
             next_ = 0;
             count_ = count;
-            ++job_;
+            job_.fetch_add(1, std::memory_order_release);
         }
         for (int64_t woken = 0; woken < workers_ && woken < count - 1; ++woken) wake_.notify_one();
         work(body, count);
@@ -91,6 +94,11 @@ private:
         uint64_t seen = 0;
         std::unique_lock<std::mutex> guard(lock_);
         for (;;) {
+            guard.unlock();
+            const auto end = std::chrono::steady_clock::now() + AWAKE;
+            while (job_.load(std::memory_order_acquire) == seen && std::chrono::steady_clock::now() < end)
+                std::this_thread::yield();
+            guard.lock();
             wake_.wait(guard, [&] { return body_ != nullptr && job_ != seen; });
             seen = job_;
             const std::function<void(int64_t)> &body = *body_;
@@ -110,7 +118,7 @@ private:
     std::atomic<int64_t> next_{0};
     int64_t count_ = 0, workers_ = 0;
     int active_ = 0;
-    uint64_t job_ = 0;
+    std::atomic<uint64_t> job_{0};
 };
 
 #if defined(__AVX512F__)

@@ -16,16 +16,29 @@ constexpr int64_t MOST = 4;  // rows of x
 
 typedef int32_t Wide __attribute__((vector_size(LANES * 4)));
 
-// LANES bytes as integers. Compilers take the bytes apart one by one where they are not told how.
+// LANES bytes as integers, and those as floats. Compilers take the bytes apart one by one where they are not told how.
 inline Wide widened(const uint8_t *from) {
 #if defined(__AVX512F__)
-    return reinterpret_cast<Wide>(_mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+    return reinterpret_cast<Wide>(
+        _mm512_maskz_cvtepu8_epi32(0xffff, _mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
 #elif defined(__AVX2__)
     return reinterpret_cast<Wide>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
 #else
     Wide wide;
     for (int64_t i = 0; i < LANES; ++i) wide[i] = from[i];
     return wide;
+#endif
+}
+
+inline Lanes as_floats(Wide wide) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<Lanes>(_mm512_maskz_cvtepi32_ps(0xffff, reinterpret_cast<__m512i>(wide)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<Lanes>(_mm256_cvtepi32_ps(reinterpret_cast<__m256i>(wide)));
+#else
+    Lanes lanes;
+    for (int64_t i = 0; i < LANES; ++i) lanes[i] = static_cast<float>(wide[i]);
+    return lanes;
 #endif
 }
 
@@ -43,10 +56,10 @@ struct Packed {
         for (int64_t i = 0; i < BYTES; i += LANES) {
             const Wide levels = widened(from + i);
             if (BYTES == BLOCK) {
-                to[i / LANES] = __builtin_convertvector(levels, Lanes) * scale + offset;
+                to[i / LANES] = as_floats(levels) * scale + offset;
             } else {  // weight i and weight i + 16 share a byte
-                to[i / LANES] = __builtin_convertvector(levels & 15, Lanes) * scale + offset;
-                to[(HALF + i) / LANES] = __builtin_convertvector(levels >> 4, Lanes) * scale + offset;
+                to[i / LANES] = as_floats(levels & 15) * scale + offset;
+                to[(HALF + i) / LANES] = as_floats(levels >> 4) * scale + offset;
             }
         }
     }
@@ -65,9 +78,10 @@ struct Packed {
                         sums[i][part & 1] += weights[part] * load(x + i * in + k * BLOCK + part * LANES);
             }
             for (int i = 0; i < ROWS; ++i) {
-                const Lanes both = sums[i][0] + sums[i][1];
-                float sum = 0.0f;
-                for (int64_t lane = 0; lane < LANES; ++lane) sum += both[lane];
+                float lanes[LANES], sum = 0.0f;
+                store(lanes, sums[i][0] + sums[i][1]);
+#pragma omp simd reduction(+ : sum)
+                for (int64_t lane = 0; lane < LANES; ++lane) sum += lanes[lane];
                 y[i * out + j] = sum;
             }
         }
@@ -114,9 +128,10 @@ template <int BYTES>
 bool is_block(const Packed &packed, int64_t of, const float *weights) {
     Lanes own[BLOCK / LANES];
     packed.block<BYTES>(of, own);
-    bool same = true;
-    for (int64_t i = 0; i < BLOCK; ++i) same = same && own[i / LANES][i % LANES] == weights[i];
-    return same;
+    Wide differs = {};
+    for (int64_t i = 0; i < BLOCK; i += LANES) differs |= own[i / LANES] != load(weights + i);
+    for (int64_t lane = 1; lane < LANES; ++lane) differs[0] |= differs[lane];
+    return differs[0] == 0;
 }
 
 // Finds the scale and the offset of a block; whether it comes back to the last bit.
@@ -160,7 +175,9 @@ bool every_block(const Packed &packed, const float *weights, const Work &work) {
 extern "C" int mindpet_pack(const float *weights, int64_t out, int64_t in, int64_t bytes, uint8_t *codes,
                             float *factors) {
     const Packed packed{out, in, codes, factors};
-    if (LANES == 4) return 0;  // where a byte takes longer to spread out than a float to read
+#if !defined(__AVX2__)
+    return 0;  // a byte takes longer to spread out than a float to read
+#endif
     return bytes == HALF ? every_block(packed, weights, pack_block<HALF>) : every_block(packed, weights, pack_block<BLOCK>);
 }
 

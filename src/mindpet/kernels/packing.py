@@ -7,14 +7,16 @@ order in which products are summed.
 
 import ctypes
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet import _compat
+from mindpet.delta.dense import ComputeDense, ReweightedDense
 from mindpet.kernels import build
-from mindpet.kernels.cells import FastMatMul
+from mindpet.kernels.cells import FastDense, FastMatMul
 from mindpet.kernels.operators import PackedProduct
 
 BLOCK = 32  # weights of a row that share a scale and an offset
@@ -27,28 +29,52 @@ def pack_weights(network: nn.Cell, table: Parameter | None = None) -> bool:
 
     Args:
         network: one that :func:`mindpet.kernels.accelerate` has been through.
-        table: what its tied head, at ``head``, multiplies with.
+        table: what its head, at ``head``, multiplies with, where that is a parameter.
     """
-    if any(_compat.is_lazily_inlined(cell) for _, cell in network.cells_and_names()):
-        return False  # blocks that somebody has MindSpore compile as one would all take the first one's
+    products = list(_products(network, table))
+    # blocks that somebody has MindSpore compile as one would all take the first one's
+    possible = bool(products) and not build.why_not()
+    possible = possible and not any(_compat.is_lazily_inlined(cell) for _, cell in network.cells_and_names())
     changed = False
-    for product, weight in _products(network, table):
-        if product.packed is not None and not _agrees(product.packed, weight):
-            product.packed, product.unpackable, changed = None, True, True
-        elif product.packed is None and not product.unpackable:
-            product.packed = _packed(weight)
-            product.unpackable = product.packed is None
-            changed = changed or not product.unpackable
+    for product, weight in products:
+        if product.packed is not None and not (possible and _agrees(product.packed, weight)):
+            product.packed, changed = None, True
+        elif product.packed is None and possible and (packed := _packed(weight)) is not None:
+            product.packed, changed = packed, True
     return changed
 
 
+@contextmanager
+def packed_in_use(network: nn.Cell) -> Iterator[None]:
+    """What is compiled within it multiplies a few rows with packed weights; nothing else ever does.
+
+    Whoever calls it sees to it that the weights have not changed since, see :func:`pack_weights`.
+    """
+    products = [cell for _, cell in network.cells_and_names() if isinstance(cell, FastMatMul)]
+    try:
+        for product in products:
+            product.uses_packed = product.packed is not None
+        yield
+    finally:
+        for product in products:
+            product.uses_packed = False
+
+
 def _products(network: nn.Cell, table: Parameter | None) -> Iterator[tuple[FastMatMul, Parameter]]:
-    pairs = [(getattr(cell, "matmul", None), getattr(cell, "weight", None)) for _, cell in network.cells_and_names()]
-    for product, weight in [(getattr(network, "head", None), table), *pairs]:
-        if not isinstance(product, FastMatMul) or not isinstance(weight, Parameter) or weight.dtype != mstype.float32:
+    own = [(cell.matmul, cell.weight) for _, cell in network.cells_and_names() if _multiplies_with_its_weight(cell)]
+    for product, weight in [(getattr(network, "head", None), table), *own]:
+        if not isinstance(product, FastMatMul) or weight is None or weight.dtype != mstype.float32:
             continue
         if weight.size >= _WORTHWHILE and weight.shape[1] % BLOCK == 0:
             yield product, weight
+
+
+def _multiplies_with_its_weight(cell: nn.Cell) -> bool:
+    """Whether its product is with its weight as it is: some methods change it first, and somebody else may."""
+    if type(cell) in (nn.Dense, FastDense):
+        return True
+    ours = isinstance(cell, ComputeDense) and type(cell).__module__.startswith("mindpet.")
+    return ours and not isinstance(cell, ReweightedDense) and isinstance(getattr(cell, "weight", None), Parameter)
 
 
 def _packed(weight: Parameter) -> PackedProduct | None:

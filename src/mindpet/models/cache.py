@@ -8,6 +8,7 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -16,8 +17,7 @@ from mindspore import Parameter, Tensor, ops
 
 from mindpet import _checks, _compat
 from mindpet.graph.blocks import first_call
-from mindpet.kernels import build
-from mindpet.kernels.packing import pack_weights
+from mindpet.kernels.packing import pack_weights, packed_in_use
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -45,7 +45,9 @@ class KeyValueCache:
         tokens = pairs[0][0].shape[0] if pairs else 0
         self.lengths = np.full(self.batch, tokens, np.int32)
         self._network = network
-        _pack(network)
+        self.checked = not bare  # whether packed weights were compared with the network's and no token came since
+        if not bare:
+            _pack(network)
         self.capacity = 0
         self.buffers: tuple[Parameter, ...] = ()
         self.reserve(tokens + virtual + length)
@@ -137,8 +139,9 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
     ids, mask = np.take_along_axis(ids, order, 1), np.take_along_axis(mask, order, 1)
     positions = np.where(mask, lengths[:, None] + np.arange(-ids.shape[1], 0), cache.capacity - 1).astype(np.int32)
     size = ids.shape[1]
-    if size > 1:
+    if size > 1 and not cache.checked:
         _pack(network)
+    cache.checked = False
     if size > 1 and _compat.in_graph_mode():
         missing, size = -size % PIECE, PIECE
         ids = np.pad(ids, ((0, 0), (missing, 0)))
@@ -148,7 +151,10 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
-        with first_call(step, (size, *map(id, cache.buffers))):
+        with (
+            first_call(step, (size, *map(id, cache.buffers))) as compiles,
+            packed_in_use(network) if compiles else nullcontext(),
+        ):
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
@@ -156,7 +162,8 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
 
 def _pack(network: "CausalLanguageModel") -> None:
     """Weights are packed, and what is packed is compared with them, for each cache and prompt, not for each token."""
-    if build.available() and pack_weights(network, network.tied_table):
+    as_it_is = network.tied and not hasattr(network.embedding(), "table")  # some methods change what the head reads
+    if pack_weights(network, network.tied_table if as_it_is else None):
         network.forget_caches()
 
 

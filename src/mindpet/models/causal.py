@@ -32,7 +32,7 @@ class CausalLanguageModel(nn.Cell):
     cross entropy of each position with its label, ``(batch, seq)``, 0 where that is -100: what follows it in a text.
     """
 
-    gives_losses = True  # see above
+    fp16 = bf16 = False  # flags that `to_float` sets
 
     base_prefix = ""  # the beginning of the names of everything but the head
     config_class: Any = None
@@ -144,14 +144,15 @@ class CausalLanguageModel(nn.Cell):
         """The head: ``(rows, hidden)`` to ``(rows, vocabulary)``, with what :meth:`head_table` gives."""
         return self.head(rows, table) if self.tied else self.lm_head(rows)
 
-    def embedding(self) -> nn.Cell:
-        """The embedding of the tokens, with what a method has put into it."""
-        raise NotImplementedError
+    def embedding(self) -> nn.Cell | None:
+        """The embedding of the tokens, with what a method has put into it; None where a subclass does not say."""
+        return None
 
     @property
     def head_is_frozen(self) -> bool:
         """Whether the head is tied to an embedding in which nothing trains."""
-        return self.tied and not any(each.requires_grad for each in self.embedding().get_parameters())
+        words = self.embedding()
+        return self.tied and words is not None and not any(each.requires_grad for each in words.get_parameters())
 
     def losses_of(self, rows, labels):
         """What rows ``(n, hidden)`` lose against labels ``(n,)``, float32 ``(n,)``."""
@@ -159,7 +160,7 @@ class CausalLanguageModel(nn.Cell):
             return self.losses(rows, self.head_table(), labels)
         return self.losses(self.lm_head(rows).astype(mstype.float32), labels)
 
-    def predict(self, input_ids, attention_mask, pairs, virtual, labels):
+    def predict(self, input_ids, attention_mask, pairs, virtual, labels=None):
         """Logits ``(batch, seq, vocabulary)``, with the (key, value) of a prefix for each layer, or none.
 
         They are of the given tokens; so many `virtual` ones go before them. With labels it is losses ``(batch, seq)``.

@@ -204,6 +204,7 @@ class GPT2LMHeadModel(CausalLanguageModel):
     (2, 5, 11)
     """
 
+    gives_losses = True  # where it gets labels, see the base class; a subclass says it again
     base_prefix = "transformer."
     config_class = GPT2Config
     transposed = ("*.c_attn.weight", "*.c_proj.weight", "*.c_fc.weight")

@@ -267,6 +267,7 @@ class LlamaForCausalLM(CausalLanguageModel):
     (2, 5, 11)
     """
 
+    gives_losses = True  # where it gets labels, see the base class; a subclass says it again
     base_prefix = "model."
     config_class = LlamaConfig
     not_weights = ("rotary_emb.inv_freq",)

@@ -52,6 +52,7 @@ PLACES = {  # of a dense layer in its block, by what it reads; the first that ma
     "z": ("*.layer.*.output.dense", "*.down_proj", "*.mlp.c_proj", "*.dense_4h_to_h"),
 }
 CUTS = ("rows", "columns")
+FEWEST_ROWS = 48  # that the kernel of a head takes
 _ALTERNATING = {"x": "rows", "m": "columns", "y": "rows", "z": "columns"}
 
 

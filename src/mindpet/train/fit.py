@@ -357,6 +357,8 @@ class Fit:
         try:
             state = _files.parse_json(metadata["state"])
             total, data = state.pop("total"), state.pop("data")
+            if isinstance(state["best"], float):  # of a run before a loss decided between equal accuracies
+                state["best"] = [state["best"]]
             progress = Progress(**state)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise CannotResume(f"{path} cannot be read: {error}") from error

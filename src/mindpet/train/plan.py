@@ -12,6 +12,7 @@ from typing import Any
 from mindpet._methods import DOCUMENTED
 from mindpet.train import summary
 from mindpet.train.activations import (
+    FEWEST_ROWS,
     Cutting,
     LayerSizes,
     Trained,
@@ -68,7 +69,7 @@ class Plan:
         strategies: pattern of paths to the arguments of ``shard``; of an adapted layer, or of a dense layer's
             ``matmul`` and ``bias_add``.
         lists: bytes of lists that MindSpore's CPU operators keep; no other device has them.
-        spared: bytes of activations that our attention on a CPU does not keep.
+        spared: bytes that are not there on a CPU: attention keeps no weights, a frozen tied head makes no logits.
         layers: of the network.
     """
 
@@ -234,7 +235,7 @@ class _Planner:
             spared += spared_by_attention(self.sizes, *parts) * self.item if self.kernels else 0
             for name, numbers in kept_in_layer(self.sizes, *parts, self.cutting, self.kernels).items():
                 kept[name] = kept.get(name, 0) + numbers * self.item
-        if self.kernels and self._head_is_frozen():
+        if self.kernels and self._head_is_frozen() and here * seq >= FEWEST_ROWS:
             spared += spared_by_head(self.sizes, here, seq)
         sums = sum(own_sums(self.method, cell, self.given, self._rank(cell), self.cutting)
                    for cell in self.adapted if place_of(cell.path))  # fmt: skip
@@ -280,7 +281,10 @@ class _Planner:
         return min(numbers, default=self.sizes.layers)
 
     def _head_is_frozen(self) -> bool:
-        """Whether the losses of a language model come from one kernel: its head is tied, and nothing in it trains."""
+        """Whether the losses of a language model come from one kernel: its head is tied, and nothing in it trains.
+
+        In graph mode, that is, and without R-Drop.
+        """
         tied = self.sizes.vocabulary > 0 and not any(cell.path == "lm_head" for cell in self.network.cells)
         paths = [*self.whole.adapted, *self.trained]
         trains = any(name in path.split(".") for path in paths for name in ("embed_tokens", "wte"))

@@ -21,7 +21,7 @@ class SummedLoss(nn.Cell):
 
     def __init__(self, network: nn.Cell, r_drop_alpha: float = 0.0):
         super().__init__(auto_prefix=False)
-        self.network, self.by_network = network, getattr(network, "gives_losses", False)
+        self.network, self.by_network = network, "gives_losses" in vars(type(network))
         self.r_drop_alpha = r_drop_alpha
         self.r_drop = RDropLoss()
         self.cross_entropy = CrossEntropy()
@@ -33,7 +33,7 @@ class SummedLoss(nn.Cell):
             columns = rdrop_repeat(*columns)
             logits = self.network(*columns[:-1]).astype(mstype.float32)  # (2N, C) or (2N, T, C)
             return self.r_drop(logits, columns[-1], self.r_drop_alpha) * count, count
-        if self.by_network:
+        if self.by_network and not (self.network.fp16 or self.network.bf16):  # what `to_float` sets: losses are float32
             return self.network(*columns).sum(), count
         logits = self.network(*columns[:-1]).astype(mstype.float32)
         rows = logits.reshape((-1, logits.shape[-1]))  # (N, C) or (N * T, C)
