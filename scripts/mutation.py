@@ -3,7 +3,8 @@
 A change is one of cosmic-ray's to one place of a module. The tests that pass through that line go first, those that
 take least: as many as take `--seconds` together. Whatever they do not notice is a survivor, in
 ``runs/mutation/survivors.txt`` with its difference, to be looked at. Which tests pass where is measured once, by a run
-of them all; ``--again`` measures it anew. What was tried already is not tried twice. Needs the extra ``mutation``.
+of them all; ``--again`` measures it anew. What was tried already is not tried twice. Needs ``cosmic-ray>=8.4,<9``
+and ``pytest-cov>=5,<8``.
 """
 
 import argparse
@@ -40,12 +41,13 @@ def main() -> int:
     parser.add_argument("packages", nargs="*", default=PACKAGES)
     parser.add_argument("--sample", type=int, default=300, help="places to change, over all packages")
     parser.add_argument("--seconds", type=float, default=30.0, help="of tests for each")
+    parser.add_argument("--tests", nargs="+", default=TESTS, help="what may notice a change")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--again", action="store_true", help="measure anew which tests pass where")
     parser.add_argument("--directory", type=Path, default=HOME / "runs" / "mutation")
     options = parser.parse_args()
     options.directory.mkdir(parents=True, exist_ok=True)
-    passes, durations = measured(options.directory, options.again)
+    passes, durations = measured(options.directory, options.tests, options.again)
     places = [
         (path, position, names)
         for package in options.packages
@@ -59,14 +61,14 @@ def main() -> int:
     results = []
     for path, position, names in chance.sample(places, min(options.sample, len(places))):
         name, occurrence = chance.choice(names)
-        file, state = path.relative_to(HOME), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        key = f"{file}:{position[0]}:{position[1]} {name} {occurrence} {state}"
+        name_of, state = path.relative_to(HOME), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        key = f"{name_of}:{position[0]}:{position[1]} {name} {occurrence} {state}"
         if key not in known:
             tests = sorted(passes.get((str(path.relative_to(HOME)), position[0]), ()), key=lambda one: durations[one])
             known[key] = {
                 "key": key,
                 "package": path.parent.name,
-                **tried(path, name, occurrence, tests, durations, options),
+                **tried(path, name, occurrence, tests, durations, options.seconds),
             }
             with open(log, "a") as file:
                 file.write(json.dumps(known[key]) + "\n")
@@ -80,11 +82,13 @@ def main() -> int:
     return 0
 
 
-def measured(directory: Path, again: bool) -> tuple[dict[tuple[str, int], set[str]], dict[str, float]]:
+def measured(
+    directory: Path, tests: list[str], again: bool
+) -> tuple[dict[tuple[str, int], set[str]], dict[str, float]]:
     """The tests that pass through each line of each file, and what each of them takes."""
     data, report = directory / "coverage", directory / "report.xml"
     if again or not report.exists():
-        command = [sys.executable, "-m", "pytest", *TESTS, "-m", "not exhaustive and not slow", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *tests, "-m", "not exhaustive and not slow", f"--junitxml={report}"]
         command += ["--cov=src/mindpet", "--cov-context=test", "--cov-report=", "-q", "-n", "2", "--dist", "loadgroup"]
         subprocess.run(command, cwd=HOME, env={**os.environ, "COVERAGE_FILE": str(data)}, check=False)
     durations = {}
