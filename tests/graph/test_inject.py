@@ -1,5 +1,7 @@
 """Putting methods into networks that nobody edits: names, sharing, targets, refusals."""
 
+from dataclasses import InitVar, dataclass
+
 import mindspore as ms
 import numpy as np
 import pytest
@@ -251,6 +253,25 @@ def test_an_option_that_there_is_not_is_refused_with_near_names():
         TypeError, match=r"LoRAConfig has no option 'rnk' \(did you mean 'rank'\?\), 'z'; its options are"
     ):
         LoRAConfig(rnk=4, z=1)
+
+
+def test_a_configuration_of_one_s_own_may_take_other_options():
+    class Sized(LoRAConfig):
+        def __init__(self, size):
+            super().__init__(rank=size)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Scaled(LoRAConfig):
+        times: InitVar[int] = 1
+
+        def __post_init__(self, times):
+            object.__setattr__(self, "rank", self.rank * times)
+            super().__post_init__()
+
+    assert Sized(size=3).rank == 3
+    assert Scaled(rank=2, times=4).rank == 8
+    with pytest.raises(TypeError, match=r"Scaled has no option 'tims' \(did you mean 'times'"):
+        Scaled(rank=2, tims=4)
 
 
 def test_injecting_twice_into_the_same_cell_is_refused():

@@ -66,6 +66,16 @@ def test_losses_are_those_of_the_logits(family, mode):
     np.testing.assert_allclose(losses.asnumpy(), expected, atol=1e-5)
 
 
+def test_losses_of_a_network_in_float16_are_float32(mode):
+    columns = batch()
+    expected, count = SummedLoss(tuned("llama, tied", "full"))(*columns)
+    total, same = SummedLoss(tuned("llama, tied", "full").to_float(ms.float16))(*columns)
+    assert total.dtype == ms.float32
+    assert float(same) == float(count)
+    assert float(total) == pytest.approx(float(expected), rel=1e-2)
+    assert float(total) != float(np.float16(float(total)))
+
+
 @needs_kernels
 @pytest.mark.parametrize(
     ("family", "method"), [*(("llama, tied", method) for method in METHODS), ("gpt2", "lora"), ("gpt2", "tokens")]

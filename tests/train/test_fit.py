@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from rich.console import Console
-from safetensors.numpy import load_file
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from mindpet._methods import DOCUMENTED
 from mindpet.cli.screen import print_report
@@ -348,8 +349,9 @@ def test_texts_longer_than_the_model_are_refused(inputs, tmp_path):
 
 @pytest.mark.usefixtures("back_to_pynative")
 def test_a_run_of_an_earlier_version_is_resumed(inputs, tmp_path):
-    """Its run.yaml lacks keys that came later, and the learning rate that the method had of itself."""
-    config = settings(inputs, tmp_path / "out", "train.max_steps=6", "train.mode=pynative", "train.learning_rate=null")
+    """Its run.yaml lacks keys that came later, and the method's own learning rate, and a best of two numbers."""
+    more = ("train.max_steps=6", "train.mode=pynative", "train.learning_rate=null", "train.evaluate_every=1")
+    config = settings(inputs, tmp_path / "out", *more)
     with pytest.raises(Interrupted):
         run.finetune(config, StopAt(2))
     path = tmp_path / "out" / "run.yaml"
@@ -357,6 +359,13 @@ def test_a_run_of_an_earlier_version_is_resumed(inputs, tmp_path):
     assert content["train"].pop("prefix_start") == "text"
     assert content["train"].pop("learning_rate") == 0.001
     path.write_text(yaml.safe_dump(content))
+    saved = tmp_path / "out" / CHECKPOINT
+    with safe_open(saved, "numpy") as file:
+        metadata = file.metadata()
+    state = json.loads(metadata["state"])
+    assert len(state["best"]) == 2
+    metadata["state"] = json.dumps({**state, "best": state["best"][0]})
+    save_file(load_file(saved), saved, metadata)
     assert run.finetune(config, resume=True)["step"] == 6
     path.write_text("- no run file")
     (tmp_path / "out" / "report.json").unlink()
