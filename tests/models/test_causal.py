@@ -101,7 +101,7 @@ def test_a_prefix_of_keys_and_values_that_tokens_had_is_those_tokens(kind):
     cache = network.new_cache(1, 8)
     network.step(ids[:, :3], None, cache)
     layers, heads, size = (getattr(network.prefix_slot, name) for name in ("num_layers", "num_heads", "head_dim"))
-    parts = [buffer.asnumpy().reshape(heads, -1, size)[:, :3].transpose(1, 0, 2) for buffer in cache.buffers]
+    parts = [buffer.asnumpy().reshape(-1, heads, size)[:3] for buffer in cache.buffers]
     table = np.stack([part for layer in range(layers) for part in (parts[layer], parts[layers + layer])], 1)
     inject(network, PTuning2Config(tokens=3))
     (prompts,) = network.trainable_params()

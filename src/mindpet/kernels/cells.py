@@ -215,14 +215,6 @@ class FastAttention(Fast, nn.Cell):
             return self.dropped(query, key, value, mask, dropout.words, dropout.keys_now())
         return self.original(query, key, value, mask)
 
-    def by_head(self, query, key, value, mask):
-        """Of keys and values as a cache keeps them."""
-        return self.original.by_head(query, key, value, mask)
-
-    def split(self, rows):
-        """As a cache keeps them."""
-        return self.original.split(rows)
-
 
 class FastRMSNorm(Fast, nn.Cell):
     """RMSNorm over the last axis: the original has `weight` and `epsilon`, `construct` takes (x)."""

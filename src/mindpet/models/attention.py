@@ -39,11 +39,8 @@ class DotProductAttention(nn.Cell):
         self.scale = 1.0 / math.sqrt(head_dim)
 
     def construct(self, query, key, value, mask):
-        return self.by_head(query, self.split(key), self.split(value), mask)
-
-    def by_head(self, query, key, value, mask):
-        """The same with key and value as a cache keeps them, ``(batch, groups, keys, d)``."""
         batch, queries, _ = query.shape
+        key, value = self.split(key), self.split(value)  # (batch, groups, keys, d)
         query = self.split(query * self.scale).reshape((batch, self.groups, -1, self.head_dim))
         scores = self.scores(query, key).reshape((batch, self.heads, queries, -1))
         weights = self.dropout(self.softmax(scores, mask))  # (batch, heads, queries, keys)
@@ -78,15 +75,14 @@ def attend(core, query, key, value, mask, extra):
         return core(query, key, value, mask)
     if len(extra) == 2:
         return core(query, _after_prefix(extra[0], key), _after_prefix(extra[1], value), mask)
-    key = _written(extra[0], extra[2], core.split(key))
-    return core.by_head(query, key, _written(extra[1], extra[2], core.split(value)), mask)
+    return core(query, _written(extra[0], extra[2], key), _written(extra[1], extra[2], value), mask)
 
 
 def _written(buffer, slots, part):
-    """Write (batch, heads, n, head_dim) into the slots of a buffer, and return all of it, (batch, heads, capacity, .).
+    """Write (batch, n, heads * head_dim) into the slots of a buffer, and return all of it, (batch, capacity, .).
 
-    The buffer is a Parameter of rows, (batch * heads * capacity, head_dim), which is changed in place.
+    The buffer is a Parameter of rows, (batch * capacity, heads * head_dim), which is changed in place.
     """
-    batch, heads, _, size = part.shape
-    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, size)).astype(buffer.dtype))
-    return rows.reshape((batch, heads, -1, size))
+    batch, _, width = part.shape
+    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, width)).astype(buffer.dtype))
+    return rows.reshape((batch, -1, width))

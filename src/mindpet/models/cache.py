@@ -53,8 +53,8 @@ class KeyValueCache:
         self.reserve(tokens + virtual + length)
         parts = [pair[0] for pair in pairs] + [pair[1] for pair in pairs]
         for index, part in enumerate(parts):
-            rows = self._by_head(self.buffers[index])
-            rows[:, :, :tokens] = part.transpose(1, 0, 2)
+            rows = self._slots_of(self.buffers[index])
+            rows[:, :tokens] = part.reshape(tokens, -1)
             self.buffers[index].set_data(Tensor(rows.reshape(self.buffers[index].shape)))
         self._take_in_virtual(virtual)
 
@@ -82,16 +82,15 @@ class KeyValueCache:
         pool = self._network.__dict__.setdefault("mindpet_buffers", {}).setdefault(key, [])
         self.buffers = pool.pop() if pool else _new_buffers(self._network, *key)
         for index, buffer in enumerate(self.buffers):
-            rows = np.zeros_like(self._by_head(buffer))
+            rows = np.zeros_like(self._slots_of(buffer))
             if old:
-                rows[:, :, : held - 1] = self._by_head(old[index])[:, :, : held - 1]
+                rows[:, : held - 1] = self._slots_of(old[index])[:, : held - 1]
             buffer.set_data(Tensor(rows.reshape(buffer.shape)))
         weakref.finalize(self, pool.append, self.buffers).atexit = False
 
-    def _by_head(self, buffer: Parameter) -> np.ndarray:
-        """A copy of a buffer as (batch, heads, slots, head_dim)."""
-        slot = self._network.prefix_slot
-        return buffer.asnumpy().reshape((self.batch, slot.num_heads, -1, slot.head_dim)).copy()
+    def _slots_of(self, buffer: Parameter) -> np.ndarray:
+        """A copy of a buffer as (batch, slots, heads * head_dim)."""
+        return buffer.asnumpy().reshape((self.batch, -1, buffer.shape[-1])).copy()
 
 
 class Step(_compat.GraphCell):
@@ -100,17 +99,16 @@ class Step(_compat.GraphCell):
     def __init__(self, network: "CausalLanguageModel"):
         super().__init__(auto_prefix=False)  # the parameters keep their names
         self.network = network
-        self.heads = network.prefix_slot.num_heads
 
     def construct(self, input_ids, positions, *buffers):
         batch, count = input_ids.shape
         table = self.network.head_table()
         if table is not None:  # read before keys and values are written: after that MindSpore reads a copy
             table = ops.stop_gradient(table)
-        capacity = buffers[0].shape[0] // (batch * self.heads)
+        capacity = buffers[0].shape[0] // batch
         hidden = (ops.arange(capacity) > positions.expand_dims(2)).astype(ms.float32)  # (batch, n, capacity)
-        starts = (ops.arange(batch * self.heads) * capacity).reshape((batch, self.heads, 1))
-        slots = (starts + positions.expand_dims(1)).reshape(-1).astype(ms.int32)  # (batch * heads * n,)
+        starts = (ops.arange(batch) * capacity).expand_dims(1)
+        slots = (starts + positions).reshape(-1).astype(ms.int32)  # (batch * n,)
         layers = len(buffers) // 2
         extras: tuple = ()
         for layer in range(layers):
@@ -178,7 +176,7 @@ def _prefix_of(network: "CausalLanguageModel") -> list[list[np.ndarray]]:
 
 def _new_buffers(network: "CausalLanguageModel", batch: int, capacity: int) -> tuple[Parameter, ...]:
     slot, dtype = network.prefix_slot, next(iter(network.get_parameters())).dtype
-    shape = (batch * slot.num_heads * capacity, slot.head_dim)
+    shape = (batch * capacity, slot.num_heads * slot.head_dim)
     return tuple(
         Parameter(ops.zeros(shape, dtype), name=f"mindpet_cache_{part}_{layer}", requires_grad=False)
         for part in ("key", "value")

@@ -77,10 +77,8 @@ def _keys_and_values(network: "CausalLanguageModel", ids: np.ndarray) -> list[tu
     with _compat.pynative_mode(), _compat.evaluating(network):
         cache = KeyValueCache(network, 1, len(ids), bare=True)
         network.step(ids[None], None, cache)
-        shape = (network.prefix_slot.num_heads, -1, network.prefix_slot.head_dim)
-        held = [buffer.asnumpy().reshape(shape)[:, : len(ids)] for buffer in cache.buffers]
+        rows = [buffer.asnumpy()[: len(ids)].astype(np.float32) for buffer in cache.buffers]
     network.forget_caches()  # what is to train needs none
-    rows = [part.transpose(1, 0, 2).reshape(len(ids), -1).astype(np.float32) for part in held]
     return list(zip(rows[: len(rows) // 2], rows[len(rows) // 2 :]))
 
 
