@@ -61,10 +61,10 @@ def main() -> int:
     results = []
     for path, position, names in chance.sample(places, min(options.sample, len(places))):
         name, occurrence = chance.choice(names)
-        name_of, state = path.relative_to(HOME), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
-        key = f"{name_of}:{position[0]}:{position[1]} {name} {occurrence} {state}"
+        module, state = str(path.relative_to(HOME)), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+        key = f"{module}:{position[0]}:{position[1]} {name} {occurrence} {state}"
         if key not in known:
-            tests = sorted(passes.get((str(path.relative_to(HOME)), position[0]), ()), key=lambda one: durations[one])
+            tests = sorted(passes.get((module, position[0]), ()), key=lambda one: durations[one])
             known[key] = {
                 "key": key,
                 "package": path.parent.name,

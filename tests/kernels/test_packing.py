@@ -15,7 +15,7 @@ from mindpet.delta.registry import METHODS
 from mindpet.graph.blocks import equal_blocks_as_one
 from mindpet.kernels import build, operators
 from mindpet.kernels.packing import _agrees, _packed, _products, pack_weights, packed_in_use
-from mindpet.models import cache, generate
+from mindpet.models import cache, generate, start_prefix
 from mindpet.train.step import SummedLoss, TrainStep
 from tests.models import causal
 
@@ -149,6 +149,17 @@ def test_weights_that_change_are_noticed():
     assert np.abs(found - first).max() > 1e-3
     assert len(products(network)) == held - 1
     assert all(_agrees(product.packed, weight) for product, weight in packed_of(network))
+
+
+@pytest.mark.usefixtures("graph_mode")
+def test_a_prefix_that_starts_from_tokens_packs_nothing():
+    network = from_a_file("Q4_1")
+    mindpet.inject(network, mindpet.PTuning2Config(tokens=3))
+    mindpet.accelerate(network)
+    start_prefix(network, [3, 4, 5])
+    assert not products(network)
+    network.new_cache(1, 4)
+    assert products(network)
 
 
 @pytest.mark.usefixtures("graph_mode")

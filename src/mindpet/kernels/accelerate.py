@@ -94,8 +94,9 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
         return made[id(cell)]
 
     dense = {}
-    for path, cell in cells_by_path(network).items():
-        _replacement(path, cell, network, compiled)  # what it refuses is refused before anything changes
+    paths = cells_by_path(network)
+    for path, cell in paths.items():  # what is refused is refused before anything changes
+        _replacement(path, cell, paths.get(path.rpartition(".")[0], network), compiled)
         if compiled and _has_plain_bias(cell):
             dense[path] = fast(cell, cells.FastDense)
     if dense:
@@ -108,7 +109,7 @@ def accelerate(network: nn.Cell, *, compiled: bool | None = None) -> nn.Cell:
             continue
         if isinstance(cell, cells.Fast):
             done = (*done, f"{path}.")
-        make = _replacement(path, cell, network, compiled)
+        make = _replacement(path, cell, paths.get(path.rpartition(".")[0], network), compiled)
         if make is None or _compat.forced_dtype(cell) is not None or _compat.has_hooks(cell):
             continue
         replacements[path] = fast(cell, make)
@@ -170,8 +171,8 @@ def _has_plain_branch(layer: LoRADense) -> bool:
     return plain and all(_compat.strategy_of(each) is None for each in operators)
 
 
-def _replacement(path: str, cell: nn.Cell, network: nn.Cell, compiled: bool) -> Callable[[Any], nn.Cell] | None:
-    """What makes the fast Cell for this one, at that path of the network."""
+def _replacement(path: str, cell: nn.Cell, holder: nn.Cell, compiled: bool) -> Callable[[Any], nn.Cell] | None:
+    """What makes the fast Cell for this one, which is a child of the `holder`."""
     if type(cell) is nn.GELU:
         return cells.FastGELU
     if type(cell) is nn.LayerNorm:
@@ -186,17 +187,9 @@ def _replacement(path: str, cell: nn.Cell, network: nn.Cell, compiled: bool) -> 
         return None
     if name == "product" and not (compiled and _is_plain_product(cell)):
         return None
-    if name == "head_loss" and not (compiled and getattr(_holder(network, path), "head_is_frozen", False)):
+    if name == "head_loss" and not (compiled and getattr(holder, "head_is_frozen", False)):
         return None
     return _BY_NAME[name] if name else None
-
-
-def _holder(network: nn.Cell, path: str) -> nn.Cell:
-    """The Cell that the one at `path` is a child of."""
-    holder = network
-    for name in path.split(".")[:-1]:
-        holder = _compat.children(holder)[name]
-    return holder
 
 
 def _last_axis_only(norm: Any) -> bool:

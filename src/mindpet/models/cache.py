@@ -45,7 +45,7 @@ class KeyValueCache:
         tokens = pairs[0][0].shape[0] if pairs else 0
         self.lengths = np.full(self.batch, tokens, np.int32)
         self._network = network
-        self.checked = not bare  # whether packed weights were compared with the network's and no token came since
+        self.checked = True  # no token came since packed weights were compared, or a bare one's first do without
         if not bare:
             _pack(network)
         self.capacity = 0
