@@ -92,9 +92,9 @@ def test_gradients_are_those_of_the_product(kind, mode, rng):
     np.testing.assert_allclose(slopes[1].asnumpy(), probe.T @ x, rtol=1e-4, atol=1e-4)
 
 
-def from_a_file(kind, family="llama, tied"):
-    """A frozen network whose matrices are what a file of that kind would hold, accelerated for graph mode."""
-    network = causal.build(family, **SIZES)
+def from_a_file(kind, family="llama, tied", **sizes):
+    """A frozen network whose matrices are what a file of that kind would hold."""
+    network = causal.build(family, **{**SIZES, **sizes})
     for parameter in network.get_parameters():
         parameter.requires_grad = False
         if parameter.ndim == 2:

@@ -19,8 +19,8 @@ from pathlib import Path
 from mindpet import _compat, _files
 
 _log = logging.getLogger("mindpet")
-_NAMES = ("rows.cpp", "attention.cpp", "dense.cpp", "narrow.cpp", "quantised.cpp", "head.cpp", "packed.cpp")
-_SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
+_NAMES = ("rows", "attention", "dense", "narrow", "quantised", "head", "packed", "cached")
+_SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "product.h"))
 # NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
 _FLAGS = (

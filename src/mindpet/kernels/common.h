@@ -367,6 +367,28 @@ inline void softmax_row(float *y, int64_t columns) {
     for (int64_t i = 0; i < columns; ++i) y[i] *= factor;
 }
 
+// 1 / sqrt(mean of squares + epsilon) of a row.
+inline float inverse_rms(const float *x, int64_t columns, float epsilon) {
+    float squares = 0.0f;
+#pragma omp simd reduction(+ : squares)
+    for (int64_t i = 0; i < columns; ++i) squares += x[i] * x[i];
+    return 1.0f / std::sqrt(squares / static_cast<float>(columns) + epsilon);
+}
+
+inline void rms_norm(const float *x, const float *weight, float epsilon, float *y, int64_t columns) {
+    const float scale = inverse_rms(x, columns, epsilon);
+#pragma omp simd
+    for (int64_t i = 0; i < columns; ++i) y[i] = x[i] * scale * weight[i];
+}
+
+// y = x cos + (the other half of x) sin, for the two halves of one head; `left` and `right` are the sines of each.
+inline void turn(const float *x, const float *cos, const float *left, const float *right, float *y, int64_t half) {
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) y[i] = x[i] * cos[i] + x[half + i] * left[i];
+#pragma omp simd
+    for (int64_t i = 0; i < half; ++i) y[half + i] = x[half + i] * cos[half + i] + x[i] * right[i];
+}
+
 }  // namespace mindpet
 
 using namespace mindpet;

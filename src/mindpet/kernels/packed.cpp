@@ -42,11 +42,22 @@ inline Lanes as_floats(Wide wide) {
 #endif
 }
 
-// Weights (out, in) in blocks: bytes codes, and of each block scale and offset.
+// Weights (out, in) in blocks: codes, and of each block scale and offset.
 struct Packed {
-    int64_t out, in;
-    uint8_t *codes;  // 16 or 32 bytes a block
+    int64_t out, in, bytes;  // 16 or 32 bytes a block
+    uint8_t *codes;
     float *factors;
+
+    Packed(int64_t out, int64_t in, int64_t bytes, uint8_t *codes, float *factors)
+        : out(out), in(in), bytes(bytes), codes(codes), factors(factors) {}
+
+    // From the parameters `at` and after it; what does not fit has no rows.
+    Packed(const Call &call, int at, int64_t in)
+        : out(0), in(in), bytes(call.columns(at)), codes(static_cast<uint8_t *>(call.params[at])), factors(call[at + 1]) {
+        const int64_t blocks = call.rows(at), each = in / BLOCK;
+        const bool fits = in > 0 && in % BLOCK == 0 && (bytes == HALF || bytes == BLOCK);
+        if (fits && blocks % each == 0 && call.size(at + 1) == 2 * blocks) out = blocks / each;
+    }
 
     // The 32 weights of block `of`, in registers.
     template <int BYTES>
@@ -64,35 +75,45 @@ struct Packed {
         }
     }
 
-    // y (rows, out) = x (rows, in) W^T for columns [first, last).
+    // The products of rows of x (rows, in) with row j of W.
     template <int BYTES, int ROWS>
-    void multiply(const float *x, float *y, int64_t first, int64_t last) const {
+    void dot(const float *x, int64_t j, float *products) const {
         const int64_t blocks = in / BLOCK;
-        for (int64_t j = first; j < last; ++j) {
-            Lanes sums[ROWS][2] = {};
-            for (int64_t k = 0; k < blocks; ++k) {
-                Lanes weights[BLOCK / LANES];
-                block<BYTES>(j * blocks + k, weights);
-                for (int i = 0; i < ROWS; ++i)
-                    for (int64_t part = 0; part < BLOCK / LANES; ++part)
-                        sums[i][part & 1] += weights[part] * load(x + i * in + k * BLOCK + part * LANES);
-            }
-            for (int i = 0; i < ROWS; ++i) {
-                float lanes[LANES], sum = 0.0f;
-                store(lanes, sums[i][0] + sums[i][1]);
+        Lanes sums[ROWS][2] = {};
+        for (int64_t k = 0; k < blocks; ++k) {
+            Lanes weights[BLOCK / LANES];
+            block<BYTES>(j * blocks + k, weights);
+            for (int i = 0; i < ROWS; ++i)
+                for (int64_t part = 0; part < BLOCK / LANES; ++part)
+                    sums[i][part & 1] += weights[part] * load(x + i * in + k * BLOCK + part * LANES);
+        }
+        for (int i = 0; i < ROWS; ++i) {
+            float lanes[LANES], sum = 0.0f;
+            store(lanes, sums[i][0] + sums[i][1]);
 #pragma omp simd reduction(+ : sum)
-                for (int64_t lane = 0; lane < LANES; ++lane) sum += lanes[lane];
-                y[i * out + j] = sum;
-            }
+            for (int64_t lane = 0; lane < LANES; ++lane) sum += lanes[lane];
+            products[i] = sum;
         }
     }
 
-    template <int BYTES>
-    void multiply(int64_t rows, const float *x, float *y, int64_t first, int64_t last) const {
-        if (rows == 1) return multiply<BYTES, 1>(x, y, first, last);
-        if (rows == 2) return multiply<BYTES, 2>(x, y, first, last);
-        if (rows == 3) return multiply<BYTES, 3>(x, y, first, last);
-        return multiply<BYTES, 4>(x, y, first, last);
+    typedef void (Packed::*Dot)(const float *x, int64_t j, float *products) const;
+
+    Dot dot_of(int64_t rows) const {
+        static constexpr Dot narrow[] = {&Packed::dot<HALF, 1>, &Packed::dot<HALF, 2>, &Packed::dot<HALF, 3>,
+                                         &Packed::dot<HALF, 4>};
+        static constexpr Dot wide[] = {&Packed::dot<BLOCK, 1>, &Packed::dot<BLOCK, 2>, &Packed::dot<BLOCK, 3>,
+                                       &Packed::dot<BLOCK, 4>};
+        return (bytes == HALF ? narrow : wide)[rows - 1];
+    }
+
+    // y (rows, out) = x (rows, in) W^T for columns [first, last), plus what y is to begin with, if anything.
+    void multiply(int64_t rows, const float *x, float *y, int64_t first, int64_t last, const float *begin) const {
+        const Dot products = dot_of(rows);
+        float sums[MOST];
+        for (int64_t j = first; j < last; ++j) {
+            (this->*products)(x, j, sums);
+            for (int64_t i = 0; i < rows; ++i) y[i * out + j] = begin ? begin[i * out + j] + sums[i] : sums[i];
+        }
     }
 
     // Writes the codes of a block, given its factors.
@@ -109,6 +130,16 @@ struct Packed {
             codes[of * BYTES + i] = BYTES == HALF ? each[i] | each[HALF + i] << 4 : each[i];
     }
 };
+
+bool few(int64_t rows) { return rows >= 1 && rows <= MOST; }
+
+// The RMSNorm of the first parameter with the weight and the epsilon of the next two, in this thread's memory; or null.
+const float *normalised(const Call &call) {
+    const int64_t rows = call.rows(0), columns = call.columns(0);
+    float *y = call.size(2) == 1 ? scratch.room(rows * columns) : nullptr;
+    for (int64_t row = 0; y && row < rows; ++row) rms_norm(call[0] + row * columns, call[1], *call[2], y + row * columns, columns);
+    return y;
+}
 
 // The half-precision number next to x, which is where the scales of such files come from; x where there is none.
 float as_half(float x) {
@@ -174,7 +205,7 @@ bool every_block(const Packed &packed, const float *weights, const Work &work) {
 // ---- Not for MindSpore: W (out, in) into codes and factors, of `bytes` a block; 1 if W comes back from them, else 0
 extern "C" int mindpet_pack(const float *weights, int64_t out, int64_t in, int64_t bytes, uint8_t *codes,
                             float *factors) {
-    const Packed packed{out, in, codes, factors};
+    const Packed packed(out, in, bytes, codes, factors);
 #if !defined(__AVX2__)
     return 0;  // a byte takes longer to spread out than a float to read
 #endif
@@ -184,27 +215,79 @@ extern "C" int mindpet_pack(const float *weights, int64_t out, int64_t in, int64
 // ---- the same, of codes and factors that are there: 1 if they are W, to the last bit but for the sign of a zero
 extern "C" int mindpet_is_packed(const float *weights, int64_t out, int64_t in, int64_t bytes, uint8_t *codes,
                                  float *factors) {
-    const Packed packed{out, in, codes, factors};
+    const Packed packed(out, in, bytes, codes, factors);
     return bytes == HALF ? every_block(packed, weights, is_block<HALF>) : every_block(packed, weights, is_block<BLOCK>);
 }
 
 // ---- x (rows, in) of a few rows, W (out, in), which is not read, codes (blocks, bytes), factors (blocks, 2): x W^T
 KERNEL packed_forward(ARGUMENTS) {
     CALL;
-    if (!call.are("ffuff") || ndims[0] != 2 || ndims[1] != 2) return 1;
-    const int64_t rows = shapes[0][0], out = shapes[1][0], in = shapes[1][1], blocks = out * in / BLOCK;
-    if (rows < 1 || rows > MOST || shapes[0][1] != in || in % BLOCK || call.size(4) != rows * out) return 1;
-    const int64_t bytes = call.columns(2);
-    if (bytes != HALF && bytes != BLOCK) return 1;
-    if (call.size(2) != blocks * bytes || call.size(3) != 2 * blocks) return 1;
-    const Packed packed{out, in, static_cast<uint8_t *>(params[2]), call[3]};
+    if (!call.are("ffuff") || call.ndims[0] != 2 || call.ndims[1] != 2) return 1;
+    const int64_t rows = call.rows(0);
+    const Packed packed(call, 2, call.columns(0));
+    if (!few(rows) || shapes[1][0] != packed.out || shapes[1][1] != packed.in) return 1;
+    if (call.size(4) != rows * packed.out) return 1;
     const float *x = call[0];
     float *y = call[4];
-    each_piece(out, in, [=](int64_t first, int64_t last) {
-        if (bytes == HALF)
-            packed.multiply<HALF>(rows, x, y, first, last);
-        else
-            packed.multiply<BLOCK>(rows, x, y, first, last);
+    each_piece(packed.out, packed.in, [=](int64_t first, int64_t last) {
+        packed.multiply(rows, x, y, first, last, nullptr);
+    });
+    return 0;
+}
+
+// ---- the same, added to what there is: x (rows, in), codes, factors, residual (rows, out): residual + x W^T
+KERNEL packed_onto(ARGUMENTS) {
+    CALL;
+    if (!call.are("fufff")) return 1;
+    const int64_t rows = call.rows(0);
+    const Packed packed(call, 1, call.columns(0));
+    if (!few(rows) || !packed.out || call.size(3) != rows * packed.out || call.size(4) != call.size(3)) return 1;
+    const float *x = call[0], *begin = call[3];
+    float *y = call[4];
+    each_piece(packed.out, packed.in, [=](int64_t first, int64_t last) {
+        packed.multiply(rows, x, y, first, last, begin);
+    });
+    return 0;
+}
+
+// ---- x (rows, in), weight and epsilon of an RMSNorm, codes and factors of three W: n W^T of each, with n the norm of x
+KERNEL packed_three(ARGUMENTS) {
+    CALL;
+    if (!call.are("fffufufuffff") || !call.per_column(1)) return 1;
+    const int64_t rows = call.rows(0), in = call.columns(0);
+    const Packed packed[] = {{call, 3, in}, {call, 5, in}, {call, 7, in}};
+    for (int each = 0; each < 3; ++each)
+        if (!packed[each].out || call.size(9 + each) != rows * packed[each].out) return 1;
+    const float *x = few(rows) ? normalised(call) : nullptr;
+    if (!x) return 1;
+    each_piece(packed[0].out + packed[1].out + packed[2].out, in, [&](int64_t first, int64_t last) {
+        for (int each = 0; each < 3; ++each) {
+            const int64_t out = packed[each].out, begin = first > 0 ? first : 0, end = last < out ? last : out;
+            packed[each].multiply(rows, x, call[9 + each], begin, end, nullptr);
+            first -= out, last -= out;
+        }
+    });
+    return 0;
+}
+
+// ---- x (rows, in), weight and epsilon of an RMSNorm, codes and factors of G and U: silu(n G^T) (n U^T), n the norm of x
+KERNEL packed_gated(ARGUMENTS) {
+    CALL;
+    if (!call.are("fffufuff") || !call.per_column(1)) return 1;
+    const int64_t rows = call.rows(0), in = call.columns(0);
+    const Packed gate(call, 3, in), up(call, 5, in);
+    if (!gate.out || up.out != gate.out || call.size(7) != rows * gate.out) return 1;
+    const float *x = few(rows) ? normalised(call) : nullptr;
+    if (!x) return 1;
+    float *y = call[7];
+    each_piece(gate.out, 2 * in, [&](int64_t first, int64_t last) {
+        const Packed::Dot of_gate = gate.dot_of(rows), of_up = up.dot_of(rows);
+        float gates[MOST], ups[MOST];
+        for (int64_t j = first; j < last; ++j) {
+            (gate.*of_gate)(x, j, gates);
+            (up.*of_up)(x, j, ups);
+            for (int64_t i = 0; i < rows; ++i) y[i * gate.out + j] = gates[i] / (1.0f + std::exp(-gates[i])) * ups[i];
+        }
     });
     return 0;
 }

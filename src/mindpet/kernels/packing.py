@@ -17,9 +17,8 @@ from mindpet import _compat
 from mindpet.delta.dense import ComputeDense, ReweightedDense
 from mindpet.kernels import build
 from mindpet.kernels.cells import FastDense, FastMatMul
-from mindpet.kernels.operators import PackedProduct
+from mindpet.kernels.operators import BLOCK, PackedProduct
 
-BLOCK = 32  # weights of a row that share a scale and an offset
 _BYTES = (16, 32)  # of a block
 _WORTHWHILE = 1 << 15  # weights
 

@@ -134,14 +134,6 @@ struct Moments {
     }
 };
 
-// 1 / sqrt(mean of squares + epsilon) of a row.
-inline float inverse_rms(const float *x, int64_t columns, float epsilon) {
-    float squares = 0.0f;
-#pragma omp simd reduction(+ : squares)
-    for (int64_t i = 0; i < columns; ++i) squares += x[i] * x[i];
-    return 1.0f / std::sqrt(squares / static_cast<float>(columns) + epsilon);
-}
-
 }  // namespace
 
 // ---- GELU: x, y; and x, dy, dx
@@ -174,13 +166,8 @@ int rotary(const Call &call) {
     const float *x = call[0], *cosines = call[1], *sines = call[2];
     float *y = call[3];
     each_row(shape[0] * shape[1] * heads, size, [=](int64_t row) {
-        const float *from = x + row * size, *cos = cosines + row / heads * size, *sin = sines + row / heads * size;
-        const float *left = BACKWARD ? sin + half : sin, *right = BACKWARD ? sin : sin + half;
-        float *to = y + row * size;
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) to[i] = from[i] * cos[i] + from[half + i] * left[i];
-#pragma omp simd
-        for (int64_t i = 0; i < half; ++i) to[half + i] = from[half + i] * cos[half + i] + from[i] * right[i];
+        const float *cos = cosines + row / heads * size, *sin = sines + row / heads * size;
+        turn(x + row * size, cos, BACKWARD ? sin + half : sin, BACKWARD ? sin : sin + half, y + row * size, half);
     });
     return 0;
 }
@@ -298,11 +285,7 @@ KERNEL rms_norm_forward(ARGUMENTS) {
     const float epsilon = *call[2];
     float *y = call[3];
     each_row(call.rows(0), columns, [=](int64_t row) {
-        const float *in = x + row * columns;
-        float *out = y + row * columns;
-        const float scale = inverse_rms(in, columns, epsilon);
-#pragma omp simd
-        for (int64_t i = 0; i < columns; ++i) out[i] = in[i] * scale * weight[i];
+        rms_norm(x + row * columns, weight, epsilon, y + row * columns, columns);
     });
     return 0;
 }

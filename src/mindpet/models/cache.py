@@ -8,7 +8,8 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -18,6 +19,7 @@ from mindspore import Parameter, Tensor, ops
 from mindpet import _checks, _compat
 from mindpet.graph.blocks import first_call
 from mindpet.kernels.packing import pack_weights, packed_in_use
+from mindpet.models.short import short_layers_in_use
 
 if TYPE_CHECKING:
     from mindpet.models.causal import CausalLanguageModel
@@ -151,11 +153,18 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
         with (
             first_call(step, (size, *map(id, cache.buffers))) as compiles,
-            packed_in_use(network) if compiles else nullcontext(),
+            _short_and_packed(network) if compiles else nullcontext(),
         ):
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
+
+
+@contextmanager
+def _short_and_packed(network: "CausalLanguageModel") -> Iterator[None]:
+    layers = [cell for _, cell in network.cells_and_names() if hasattr(cell, "short_attention")]
+    with packed_in_use(network), short_layers_in_use(layers):
+        yield
 
 
 def _pack(network: "CausalLanguageModel") -> None:

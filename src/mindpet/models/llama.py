@@ -21,6 +21,7 @@ from mindpet.models.attention import DotProductAttention, attend
 from mindpet.models.causal import CausalLanguageModel, embedded, read_config, start_of, table_of, to_add
 from mindpet.models.head import CrossEntropy, HeadLoss, TiedHead
 from mindpet.models.loading import Outline, PretrainedFilesError
+from mindpet.models.short import short_attention, short_mlp
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,10 +229,28 @@ class LlamaDecoderLayer(nn.Cell):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.short_attention: Any = None  # for a few rows and packed weights: see mindpet.models.short
+        self.short_mlp: Any = None
 
     def construct(self, rows, mask, cos, sin, extra):
-        rows = rows + self.self_attn(self.input_layernorm(rows), mask, cos, sin, extra)
+        if self.short_attention is not None and self.short_attention.takes_few_of(rows, extra):
+            rows = self.short_attention(rows, cos, sin, extra)
+        else:
+            rows = rows + self.self_attn(self.input_layernorm(rows), mask, cos, sin, extra)
+        if self.short_mlp is not None and self.short_mlp.takes_few(rows):
+            return self.short_mlp(rows)
         return rows + self.mlp(self.post_attention_layernorm(rows))
+
+    def shortened(self):
+        """What can stand for its two halves, or None; in training nothing does."""
+        first = second = None
+        if self.training:
+            return first, second
+        if type(self.self_attn) is LlamaAttention and type(self.self_attn.adaption) is AdaptionSlot:
+            first = short_attention(self.input_layernorm, self.self_attn)
+        if type(self.mlp) is LlamaMLP:
+            second = short_mlp(self.post_attention_layernorm, self.mlp)
+        return first, second
 
 
 class LlamaModel(nn.Cell):

@@ -1,0 +1,119 @@
+"""The two halves of a layer of LLaMA's for a few rows, such as the next token: five kernels for seventeen operators.
+
+For one row the products of packed weights take less time than MindSpore takes to run the operators around them. What
+stands here computes the same, and is there only while the step of a cache is compiled: see mindpet.kernels.packing.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from mindspore import Tensor, nn
+from mindspore import dtype as mstype
+
+from mindpet import _compat
+from mindpet.kernels import operators
+from mindpet.kernels.cells import Fast, FastAttention, FastDense, FastGatedSiLU, FastMatMul, FastRMSNorm, FastRotary
+
+
+class _Short(Fast, nn.Cell):
+    """What both have: a norm before, and a product whose result is added to what came in."""
+
+    def __init__(self, norm: FastRMSNorm, last: nn.Dense):
+        super().__init__(auto_prefix=False)
+        self.norm, self.last = norm, last.matmul.packed
+        self.epsilon = Tensor([norm.epsilon], mstype.float32)
+        self.onto = operators.PackedOnto()
+
+    def takes_few(self, rows):
+        """Whether these are few enough."""
+        return self.takes(rows) and len(rows.shape) == 2 and rows.shape[0] <= operators.FEW
+
+
+class ShortMLP(_Short):
+    r"""Rows ``(rows, hidden)`` to :math:`x + D\,(\mathrm{silu}(G n) \odot U n)` with n their norm."""
+
+    def __init__(self, norm: FastRMSNorm, mlp: Any):
+        super().__init__(norm, mlp.down_proj)
+        self.gate, self.up = mlp.gate_proj.matmul.packed, mlp.up_proj.matmul.packed
+        self.gated = operators.PackedGated()
+
+    def construct(self, rows):
+        gate, up = self.gate, self.up
+        wide = self.gated(rows, self.norm.weight, self.epsilon, gate.codes, gate.factors, up.codes, up.factors)
+        return self.onto(wide, self.last.codes, self.last.factors, rows)
+
+
+class ShortAttention(_Short):
+    """Rows ``(batch * n, hidden)`` plus the attention of their norm to what a cache holds and they add to it."""
+
+    def __init__(self, norm: FastRMSNorm, attention: Any):
+        super().__init__(norm, attention.o_proj)
+        self.query, self.key, self.value = (dense.matmul.packed for dense in _inputs(attention))
+        self.three = operators.PackedThree()
+        self.attention = operators.CachedAttention(attention.heads, attention.kv_heads, attention.core.original.scale)
+
+    def takes_few_of(self, rows, extra):
+        """Whether these are few enough, and there is a cache of their dtype."""
+        cached = extra is not None and len(extra) == 3
+        return cached and self.takes_few(rows) and extra[0].dtype == mstype.float32
+
+    def construct(self, rows, cos, sin, extra):
+        query, key, value = self.query, self.key, self.value
+        codes = query.codes, query.factors, key.codes, key.factors, value.codes, value.factors
+        parts = self.three(rows, self.norm.weight, self.epsilon, *codes)
+        mixed = self.attention(*parts, cos, sin, *extra)
+        return self.onto(mixed, self.last.codes, self.last.factors, rows)
+
+
+@contextmanager
+def short_layers_in_use(layers: Iterable[Any]) -> Iterator[None]:
+    """What is compiled within it takes few rows through what is short of these layers; nothing else ever does.
+
+    Args:
+        layers: each has a `short_attention` and a `short_mlp`, None outside, and says by `shortened` what they can be.
+    """
+    layers = list(layers)
+    try:
+        for layer in layers:  # not by setattr: they hold what the layer has already
+            vars(layer).update(zip(("short_attention", "short_mlp"), layer.shortened()))
+        yield
+    finally:
+        for layer in layers:
+            vars(layer).update(short_attention=None, short_mlp=None)
+
+
+def short_mlp(norm: nn.Cell, mlp: Any) -> ShortMLP | None:
+    """The second half of a layer, where all of it is plain and packed."""
+    plain = _is_plain(norm, FastRMSNorm) and _is_plain(mlp.act, FastGatedSiLU) and not _is_changed(mlp)
+    dense = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    return ShortMLP(norm, mlp) if plain and all(map(_is_packed, dense)) else None
+
+
+def short_attention(norm: nn.Cell, attention: Any) -> ShortAttention | None:
+    """The first half of a layer, where all of it is plain and packed; the caller sees to the slot for a prompt."""
+    plain = _is_plain(norm, FastRMSNorm) and _is_plain(attention.core, FastAttention) and not _is_changed(attention)
+    plain = plain and _is_plain(attention.turn, FastRotary)
+    dense = *_inputs(attention), attention.o_proj
+    return ShortAttention(norm, attention) if plain and all(map(_is_packed, dense)) else None
+
+
+def _inputs(attention: Any) -> tuple[nn.Dense, nn.Dense, nn.Dense]:
+    return attention.q_proj, attention.k_proj, attention.v_proj
+
+
+def _is_plain(cell: Any, kind: type[nn.Cell]) -> bool:
+    weight = getattr(cell, "weight", None)
+    return type(cell) is kind and not _is_changed(cell) and (weight is None or weight.dtype == mstype.float32)
+
+
+def _is_changed(cell: nn.Cell) -> bool:
+    """Whether somebody watches it or has it compute in another dtype."""
+    return _compat.has_hooks(cell) or _compat.forced_dtype(cell) is not None
+
+
+def _is_packed(dense: Any) -> bool:
+    """Whether it is nothing but the product with a packed weight."""
+    if type(dense) not in (nn.Dense, FastDense) or dense.has_bias or dense.activation_flag or _is_changed(dense):
+        return False
+    return isinstance(dense.matmul, FastMatMul) and dense.matmul.packed is not None
