@@ -32,7 +32,9 @@ SIZES = {"vocab_size": 600, "hidden_size": 192, "intermediate_size": 256}
 
 
 def coarse(kind, values):
-    """What a file of that kind makes of these values."""
+    """What a file of that kind makes of these values; F32 leaves them as they are."""
+    if kind == "F32":
+        return values.astype(np.float32)
     kind = GGMLQuantizationType[kind]
     return quants.dequantize(quants.quantize(values.astype(np.float32), kind), kind).astype(np.float32)
 

@@ -279,11 +279,13 @@ struct Call {
             if (std::strcmp(dtypes[index], index == integers ? "int32" : "float32") != 0) return false;
         return true;
     }
-    bool are(const char *letters) const {  // f for a float32, i for an int32, u for a uint8, one for each parameter
+    // f for a float32, i for an int32, u for a uint8, w for a float32 or a uint8, one for each parameter.
+    bool are(const char *letters) const {
         if (count != static_cast<int>(std::strlen(letters))) return false;
         for (int index = 0; index < count; ++index) {
-            const char *name = letters[index] == 'i' ? "int32" : letters[index] == 'u' ? "uint8" : "float32";
-            if (std::strcmp(dtypes[index], name) != 0) return false;
+            const char *name = letters[index] == 'i' ? "int32" : letters[index] == 'f' ? "float32" : "uint8";
+            const bool either = letters[index] == 'w' && std::strcmp(dtypes[index], "float32") == 0;
+            if (!either && std::strcmp(dtypes[index], name) != 0) return false;
         }
         return true;
     }

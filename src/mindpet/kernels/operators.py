@@ -63,8 +63,9 @@ def _fourth(*shapes: Any) -> Any:
 
 
 def _coded(at: int, *shapes: Any) -> Any:
-    """Of x W^T for the codes at this place of the inputs: rows, and a column for each row of codes."""
-    return [shapes[0][0], shapes[at][0] * BLOCK // shapes[0][1]]
+    """Of x W^T for the codes, or the W, at this place of the inputs: rows, and a column for each row of W."""
+    (rows, into), (count, size) = shapes[0], shapes[at]
+    return [rows, count if size == into else count * BLOCK // into]
 
 
 def _three_coded(*shapes: Any) -> Any:
@@ -335,7 +336,10 @@ class PackedProduct(nn.Cell):
 
 
 class PackedOnto(nn.Cell):
-    """rows + x W^T: x ``(rows, in)``, codes and factors of W, rows ``(rows, out)``. No gradient goes through it."""
+    """rows + x W^T: x ``(rows, in)``, codes and factors of W, rows ``(rows, out)``; or twice W in the place of those.
+
+    No gradient goes through it.
+    """
 
     def __init__(self):
         super().__init__(auto_prefix=False)
@@ -346,7 +350,10 @@ class PackedOnto(nn.Cell):
 
 
 class PackedThree(nn.Cell):
-    """n W^T of three W, with n the RMSNorm of x: x, weight, epsilon, codes and factors of each. No gradient either."""
+    """n W^T of three W, with n the RMSNorm of x: x, weight, epsilon, then of each codes and factors, or twice W.
+
+    No gradient goes through it.
+    """
 
     def __init__(self):
         super().__init__(auto_prefix=False)

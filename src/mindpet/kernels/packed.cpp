@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int64_t BLOCK = 32, HALF = BLOCK / 2;
+constexpr int64_t BLOCK = 32, HALF = BLOCK / 2, PLAIN = 4 * BLOCK;
 constexpr int64_t MOST = 4;  // rows of x
 
 typedef int32_t Wide __attribute__((vector_size(LANES * 4)));
@@ -44,24 +44,34 @@ inline Lanes as_floats(Wide wide) {
 
 // Weights (out, in) in blocks: codes, and of each block scale and offset.
 struct Packed {
-    int64_t out, in, bytes;  // 16 or 32 bytes a block
+    int64_t out, in, bytes;  // 16 or 32 a block, or 128: floats in the place of codes
     uint8_t *codes;
     float *factors;
 
     Packed(int64_t out, int64_t in, int64_t bytes, uint8_t *codes, float *factors)
         : out(out), in(in), bytes(bytes), codes(codes), factors(factors) {}
 
-    // From the parameters `at` and after it; what does not fit has no rows.
+    // From the parameters `at` and after it: codes and factors, or W and anything; what does not fit has no rows.
     Packed(const Call &call, int at, int64_t in)
         : out(0), in(in), bytes(call.columns(at)), codes(static_cast<uint8_t *>(call.params[at])), factors(call[at + 1]) {
+        if (in < 1 || in % BLOCK) return;
         const int64_t blocks = call.rows(at), each = in / BLOCK;
-        const bool fits = in > 0 && in % BLOCK == 0 && (bytes == HALF || bytes == BLOCK);
-        if (fits && blocks % each == 0 && call.size(at + 1) == 2 * blocks) out = blocks / each;
+        if (std::strcmp(call.dtypes[at], "float32") == 0) {
+            if (bytes == in) out = blocks;
+            bytes = PLAIN;
+        } else if ((bytes == HALF || bytes == BLOCK) && blocks % each == 0 && call.size(at + 1) == 2 * blocks) {
+            out = blocks / each;
+        }
     }
 
     // The 32 weights of block `of`, in registers.
     template <int BYTES>
     void block(int64_t of, Lanes *to) const {
+        if (BYTES == PLAIN) {
+            const float *from = reinterpret_cast<const float *>(codes) + of * BLOCK;
+            for (int64_t i = 0; i < BLOCK; i += LANES) to[i / LANES] = load(from + i);
+            return;
+        }
         const float scale = factors[2 * of], offset = factors[2 * of + 1];
         const uint8_t *from = codes + of * BYTES;
         for (int64_t i = 0; i < BYTES; i += LANES) {
@@ -99,11 +109,14 @@ struct Packed {
     typedef void (Packed::*Dot)(const float *x, int64_t j, float *products) const;
 
     Dot dot_of(int64_t rows) const {
-        static constexpr Dot narrow[] = {&Packed::dot<HALF, 1>, &Packed::dot<HALF, 2>, &Packed::dot<HALF, 3>,
-                                         &Packed::dot<HALF, 4>};
-        static constexpr Dot wide[] = {&Packed::dot<BLOCK, 1>, &Packed::dot<BLOCK, 2>, &Packed::dot<BLOCK, 3>,
-                                       &Packed::dot<BLOCK, 4>};
-        return (bytes == HALF ? narrow : wide)[rows - 1];
+        return bytes == HALF ? dot_of<HALF>(rows) : bytes == BLOCK ? dot_of<BLOCK>(rows) : dot_of<PLAIN>(rows);
+    }
+
+    template <int BYTES>
+    static Dot dot_of(int64_t rows) {
+        static constexpr Dot all[] = {&Packed::dot<BYTES, 1>, &Packed::dot<BYTES, 2>, &Packed::dot<BYTES, 3>,
+                                      &Packed::dot<BYTES, 4>};
+        return all[rows - 1];
     }
 
     // y (rows, out) = x (rows, in) W^T for columns [first, last), plus what y is to begin with, if anything.
@@ -222,7 +235,7 @@ extern "C" int mindpet_is_packed(const float *weights, int64_t out, int64_t in, 
 // ---- x (rows, in) of a few rows, W (out, in), which is not read, codes (blocks, bytes), factors (blocks, 2): x W^T
 KERNEL packed_forward(ARGUMENTS) {
     CALL;
-    if (!call.are("ffuff") || call.ndims[0] != 2 || call.ndims[1] != 2) return 1;
+    if (!call.are("ffwff") || call.ndims[0] != 2 || call.ndims[1] != 2) return 1;
     const int64_t rows = call.rows(0);
     const Packed packed(call, 2, call.columns(0));
     if (!few(rows) || shapes[1][0] != packed.out || shapes[1][1] != packed.in) return 1;
@@ -238,7 +251,7 @@ KERNEL packed_forward(ARGUMENTS) {
 // ---- the same, added to what there is: x (rows, in), codes, factors, residual (rows, out): residual + x W^T
 KERNEL packed_onto(ARGUMENTS) {
     CALL;
-    if (!call.are("fufff")) return 1;
+    if (!call.are("fwfff")) return 1;
     const int64_t rows = call.rows(0);
     const Packed packed(call, 1, call.columns(0));
     if (!few(rows) || !packed.out || call.size(3) != rows * packed.out || call.size(4) != call.size(3)) return 1;
@@ -253,7 +266,7 @@ KERNEL packed_onto(ARGUMENTS) {
 // ---- x (rows, in), weight and epsilon of an RMSNorm, codes and factors of three W: n W^T of each, with n the norm of x
 KERNEL packed_three(ARGUMENTS) {
     CALL;
-    if (!call.are("fffufufuffff") || !call.per_column(1)) return 1;
+    if (!call.are("fffwfwfwffff") || !call.per_column(1)) return 1;
     const int64_t rows = call.rows(0), in = call.columns(0);
     const Packed packed[] = {{call, 3, in}, {call, 5, in}, {call, 7, in}};
     for (int each = 0; each < 3; ++each)
@@ -273,7 +286,7 @@ KERNEL packed_three(ARGUMENTS) {
 // ---- x (rows, in), weight and epsilon of an RMSNorm, codes and factors of G and U: silu(n G^T) (n U^T), n the norm of x
 KERNEL packed_gated(ARGUMENTS) {
     CALL;
-    if (!call.are("fffufuff") || !call.per_column(1)) return 1;
+    if (!call.are("fffwfwff") || !call.per_column(1)) return 1;
     const int64_t rows = call.rows(0), in = call.columns(0);
     const Packed gate(call, 3, in), up(call, 5, in);
     if (!gate.out || up.out != gate.out || call.size(7) != rows * gate.out) return 1;

@@ -1,14 +1,15 @@
 """The two halves of a layer of LLaMA's for a few rows, such as the next token: five kernels for seventeen operators.
 
-For one row the products of packed weights take less time than MindSpore takes to run the operators around them. What
-stands here computes the same, and is there only while the step of a cache is compiled: see mindpet.kernels.packing.
+For one row MindSpore takes as long to run the operators around the products as those take. What stands here computes
+the same, with weights as they are or packed, and is there only while the step of a cache is compiled: see
+mindpet.kernels.packing.
 """
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mindspore import Tensor, nn
+from mindspore import Parameter, Tensor, nn
 from mindspore import dtype as mstype
 
 from mindpet import _compat
@@ -16,12 +17,26 @@ from mindpet.kernels import operators
 from mindpet.kernels.cells import Fast, FastAttention, FastDense, FastGatedSiLU, FastMatMul, FastRMSNorm, FastRotary
 
 
+class _AsItIs(nn.Cell):
+    """A weight in the place of codes and factors."""
+
+    def __init__(self, weight: Parameter):
+        super().__init__(auto_prefix=False)
+        self.__dict__.update(codes=weight, factors=weight)  # not by setattr: it is another Cell's
+
+
+def _weights(dense: nn.Dense) -> nn.Cell:
+    """What has the `codes` and `factors` of its weight."""
+    packed = dense.matmul.packed
+    return packed if packed is not None else _AsItIs(dense.weight)
+
+
 class _Short(Fast, nn.Cell):
     """What both have: a norm before, and a product whose result is added to what came in."""
 
     def __init__(self, norm: FastRMSNorm, last: nn.Dense):
         super().__init__(auto_prefix=False)
-        self.norm, self.last = norm, last.matmul.packed
+        self.norm, self.last = norm, _weights(last)
         self.epsilon = Tensor([norm.epsilon], mstype.float32)
         self.onto = operators.PackedOnto()
 
@@ -35,7 +50,7 @@ class ShortMLP(_Short):
 
     def __init__(self, norm: FastRMSNorm, mlp: Any):
         super().__init__(norm, mlp.down_proj)
-        self.gate, self.up = mlp.gate_proj.matmul.packed, mlp.up_proj.matmul.packed
+        self.gate, self.up = _weights(mlp.gate_proj), _weights(mlp.up_proj)
         self.gated = operators.PackedGated()
 
     def construct(self, rows):
@@ -49,7 +64,7 @@ class ShortAttention(_Short):
 
     def __init__(self, norm: FastRMSNorm, attention: Any):
         super().__init__(norm, attention.o_proj)
-        self.query, self.key, self.value = (dense.matmul.packed for dense in _inputs(attention))
+        self.query, self.key, self.value = map(_weights, _inputs(attention))
         self.three = operators.PackedThree()
         self.attention = operators.CachedAttention(attention.heads, attention.kv_heads, attention.core.original.scale)
 
@@ -84,18 +99,18 @@ def short_layers_in_use(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def short_mlp(norm: nn.Cell, mlp: Any) -> ShortMLP | None:
-    """The second half of a layer, where all of it is plain and packed."""
+    """The second half of a layer, where all of it is plain."""
     plain = _is_plain(norm, FastRMSNorm) and _is_plain(mlp.act, FastGatedSiLU) and not _is_changed(mlp)
     dense = mlp.gate_proj, mlp.up_proj, mlp.down_proj
-    return ShortMLP(norm, mlp) if plain and all(map(_is_packed, dense)) else None
+    return ShortMLP(norm, mlp) if plain and all(map(_multiplies, dense)) else None
 
 
 def short_attention(norm: nn.Cell, attention: Any) -> ShortAttention | None:
-    """The first half of a layer, where all of it is plain and packed; the caller sees to the slot for a prompt."""
+    """The first half of a layer, where all of it is plain; the caller sees to the slot for a prompt."""
     plain = _is_plain(norm, FastRMSNorm) and _is_plain(attention.core, FastAttention) and not _is_changed(attention)
     plain = plain and _is_plain(attention.turn, FastRotary)
     dense = *_inputs(attention), attention.o_proj
-    return ShortAttention(norm, attention) if plain and all(map(_is_packed, dense)) else None
+    return ShortAttention(norm, attention) if plain and all(map(_multiplies, dense)) else None
 
 
 def _inputs(attention: Any) -> tuple[nn.Dense, nn.Dense, nn.Dense]:
@@ -112,8 +127,9 @@ def _is_changed(cell: nn.Cell) -> bool:
     return _compat.has_hooks(cell) or _compat.forced_dtype(cell) is not None
 
 
-def _is_packed(dense: Any) -> bool:
-    """Whether it is nothing but the product with a packed weight."""
+def _multiplies(dense: Any) -> bool:
+    """Whether it is nothing but the product with its weight."""
     if type(dense) not in (nn.Dense, FastDense) or dense.has_bias or dense.activation_flag or _is_changed(dense):
         return False
-    return isinstance(dense.matmul, FastMatMul) and dense.matmul.packed is not None
+    fits = dense.weight.dtype == mstype.float32 and dense.weight.shape[1] % operators.BLOCK == 0
+    return fits and isinstance(dense.matmul, FastMatMul)
