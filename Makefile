@@ -11,7 +11,7 @@ HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
 
-.PHONY: help dist install fetch models corpora comparison quickstart test exhaustive fuzz interop mindformers lint format docs bench bench-quick clean
+.PHONY: help dist install fetch models corpora comparison quickstart test exhaustive fuzz coverage mutation interop mindformers lint format docs bench bench-quick clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -e 's/:.*## /\t/' | sort | expand -t 14
@@ -78,6 +78,14 @@ exhaustive: $(FETCHED) $(MODELS)  ## run the tests of every combination that `ma
 fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [READERS="gguf e5"]
 	@$(PIP) -c constraints.txt -e '.[dev,fuzz]'
 	$(BIN)/python -m fuzz --runs $(if $(filter command line environment,$(origin RUNS)),$(RUNS),100000) $(READERS)
+
+coverage: $(FETCHED) $(MODELS)  ## run the tests, and say which lines and branches of src none went through; an hour
+	@$(PIP) -c constraints.txt -e '.[dev,measure]'
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
+
+mutation: $(FETCHED) $(MODELS)  ## change the code in 240 places and see whether a test notices; half an hour
+	@$(PIP) -c constraints.txt -e '.[dev,measure]'
+	$(BIN)/python scripts/mutation.py $(ARGS)
 
 interop: $(COMPARED) $(MODELS)  ## run the tests against torch and transformers, which are installed first
 	$(BIN)/python -m pytest -m interop $(ARGS)

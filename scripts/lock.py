@@ -16,7 +16,7 @@ def frozen(python: str) -> tuple[str, dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([python, "-m", "venv", folder], check=True)
         inside = f"{folder}/bin/python"
-        subprocess.run([inside, "-m", "pip", "install", "-q", f"{ROOT}[dev,fuzz]"], check=True)
+        subprocess.run([inside, "-m", "pip", "install", "-q", f"{ROOT}[dev,fuzz,measure]"], check=True)
         listing = subprocess.run([inside, "-m", "pip", "freeze"], check=True, capture_output=True, text=True).stdout
         name = "import sys; print('%d.%d' % sys.version_info[:2])"
         version = subprocess.run([inside, "-c", name], check=True, capture_output=True, text=True).stdout.strip()

@@ -21,6 +21,7 @@ import mindpet.delta.lora as lora_home
 import mindpet.delta.prefix_layer as prefix_home
 import mindpet.delta.ptuning2 as ptuning2_home
 from mindpet.delta import RDropLoss
+from mindpet.delta.registry import METHODS
 from mindpet.graph import TrainableParamsCheckPoint, freeze_delta, freeze_from_config, freeze_modules
 from mindpet.utils.exceptions import (
     AbsolutePathError,
@@ -462,3 +463,9 @@ def as_markdown():
 
 if __name__ == "__main__":
     print(as_markdown())
+
+
+@pytest.mark.parametrize("name", [name for name, one in METHODS.items() if hasattr(one.config, "dropout")])
+def test_a_dropout_of_the_int_zero_is_none(name):
+    more = {"encoder": "lstm"} if name == "p_tuning" else {}
+    assert METHODS[name].config(dropout=0, **more).dropout == 0

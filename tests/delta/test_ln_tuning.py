@@ -1,5 +1,7 @@
 """LayerNorm tuning, and that `targets`, `exclude` and `layers` limit a method that only selects parameters."""
 
+import json
+
 import pytest
 from mindspore import nn
 
@@ -74,3 +76,9 @@ def test_what_peft_has_no_place_for_is_not_written(tmp_path):
     cell = inject(inject(network(), LNTuningConfig()), LoRAConfig(rank=1, targets=["2"]))
     with pytest.raises(PeftFormatError, match="has ln_tuning and lora|has lora and ln_tuning"):
         save_peft(cell, tmp_path)
+
+
+def test_what_is_saved_whole_beside_the_norms_is_written_for_peft(tmp_path):
+    save_peft(inject(network(), LNTuningConfig(modules_to_save=["2"])), tmp_path)
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert content["modules_to_save"] == ["0.2", "1.2", "2"]  # the last part of a path is enough

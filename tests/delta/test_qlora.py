@@ -19,6 +19,7 @@ import mindpet
 from mindpet import LoRAConfig, QLoRAConfig
 from mindpet.delta import QLoRADense
 from mindpet.delta.blockwise import DYNAMIC, LEVELS, Codes, Form, QuantisedProduct, dequantise, quantise
+from mindpet.delta.qlora import _nearest_of_rank
 from mindpet.graph import DeltaFileError
 from mindpet.graph.inject import count_parameters
 from tests.tiny import overrides, sentences, write_model, write_rows
@@ -436,6 +437,18 @@ def test_loftq_comes_nearer_to_the_weight_by_turns(rng):
         errors.append(np.linalg.norm(smooth - layer.base_value() - added_by(layer)))
     assert errors[1] < 0.95 * errors[0]
     assert errors[2] < 0.97 * errors[1]
+
+
+@pytest.mark.parametrize("shape", [(9, 4), (4, 9)])
+def test_the_nearest_matrix_of_a_rank(shape, rng):
+    matrix = rng.standard_normal(shape)
+    left, right = _nearest_of_rank(matrix, 2)
+    u, values, v = np.linalg.svd(matrix, full_matrices=False)
+    np.testing.assert_allclose(left @ right, (u[:, :2] * values[:2]) @ v[:2], atol=1e-12)
+    matrix[:, 1:] = 0  # of rank 1
+    left, right = _nearest_of_rank(matrix, 3)
+    assert np.isfinite(left).all() and np.isfinite(right).all()
+    np.testing.assert_allclose(left @ right, matrix, atol=1e-12)
 
 
 def test_loftq_of_a_rank_above_the_weight():

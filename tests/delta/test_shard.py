@@ -18,6 +18,7 @@ from mindpet.delta import (
     LowRankAdapterLayer,
     PrefixEncoder,
 )
+from mindpet.delta.strategy import Sharded, _reason, _shapes, input_axes
 
 
 def strategy_of(operator):
@@ -266,3 +267,35 @@ def test_prefix_encoder_takes_a_parallel_config():
 def test_prefix_encoder_refuses_cuts_that_do_not_fit(sizes, kind, message):
     with pytest.raises(kind, match=message):
         PrefixEncoder(8, 2, 4, 16, False, 32, 0.1).shard(*sizes)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "says"),
+    [
+        (((2, 2), (4, 4)), "cut into 2 parts in one and 4 in the other"),
+        (((2, 4), (4, 2)), "cut into 4 parts in one and 2 in the other"),
+        (((2, 2), (4, 2)), ""),
+    ],
+)
+def test_a_shared_axis_is_cut_alike(strategy, says):
+    reason = _reason(strategy, [("rows", "in"), ("out", "in")], {"in": 8, "out": 8}, ())
+    assert says in reason and bool(says) == bool(reason)
+
+
+def test_a_weight_the_other_way_round_has_its_axes_so():
+    product = Sharded("matmul", "rows in, out in")
+    assert input_axes(ops.MatMul(transpose_b=True), product) == [("rows", "in"), ("out", "in")]
+    assert input_axes(ops.MatMul(), product) == [("rows", "in"), ("in", "out")]
+    assert _shapes([("rows", "in"), ("out",), ()], {"in": 8, "out": 3}) == "(rows, 8) and (3,) and ()"
+
+
+def test_heads_are_cut_into_equal_parts():
+    encoder = PrefixEncoder(4, 2, 6, 8, False, 16, 0.0)
+    assert encoder.require_cut(1, 1) == (1, 1)
+    ms.set_auto_parallel_context(parallel_mode="semi_auto_parallel", device_num=3)
+    try:
+        assert encoder.require_cut(1, 3) == (1, 3)
+    finally:
+        ms.reset_auto_parallel_context()
+    with pytest.raises(ValueError, match="must divide the 6 heads, but got 4"):
+        encoder.require_cut(1, 4)

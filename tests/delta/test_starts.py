@@ -13,6 +13,7 @@ from mindpet import (
     CompacterConfig,
     FourierFTConfig,
     HRAConfig,
+    LoHaConfig,
     LoKrConfig,
     LoRAConfig,
     MiSSConfig,
@@ -34,6 +35,7 @@ from mindpet.delta import (
     CompacterDense,
     FourierFTDense,
     HRADense,
+    LoHaDense,
     LoKrDense,
     LoRADense,
     MiSSDense,
@@ -206,6 +208,15 @@ def test_veras_matrices_start_as_kaimings_for_relu_and_d_at_a_constant():
     uniform(shared[1], np.sqrt(6 / 40))
     assert not layer.mindpet_delta_vera_lambda_b.asnumpy().any()
     assert (layer.mindpet_delta_vera_lambda_d.asnumpy() == np.float32(0.1)).all()
+
+
+def test_lohas_first_factor_of_the_second_product_is_zero_alone():
+    """PEFT 0.21.2: normal of deviation 0.1 for the first B, of 1 for both A, and zeros for the second B."""
+    layer = LoHaDense.from_dense(nn.Dense(300, 400), LoHaConfig(rank=16))
+    normal(layer.mindpet_delta_loha_b1, 0.1)
+    normal(layer.mindpet_delta_loha_a1, 1.0)
+    normal(layer.mindpet_delta_loha_a2, 1.0)
+    assert not layer.mindpet_delta_loha_b2.asnumpy().any()
 
 
 def test_lokrs_second_factor_starts_uniform_and_the_first_at_zero():

@@ -234,7 +234,7 @@ def test_exception_save(tmp_path):
     with pytest.raises(RuntimeError, match="out of luck"):
         train(tmp_path, config, network, steps=5, callbacks=[StopAt(3)])
     (name,) = files(tmp_path)
-    assert name.endswith("_breakpoint.ckpt")
+    assert name.endswith("-1_3_breakpoint.ckpt")
     saved = ms.load_checkpoint(str(tmp_path / name))
     assert set(saved) == TRAINED | {"step_num"}
     for parameter in network.trainable_params():

@@ -6,7 +6,7 @@ import pytest
 from mindspore import Tensor, nn
 from safetensors.numpy import save_file
 
-from mindpet import AdapterConfig, LoRAConfig, inject, load_delta, save_delta
+from mindpet import AdapterConfig, BitFitConfig, DoRAConfig, LoRAConfig, inject, load_delta, save_delta
 from mindpet.delta import LoRADense
 from mindpet.graph import DeltaFileError, MixedDeltas, combine, use
 from mindpet.graph.deltas import read_delta, write_delta
@@ -239,6 +239,16 @@ def test_combined_deltas_follow_their_formulas(tmp_path, rng):
     expected = (parts * agrees).sum(0) / (agrees * share).sum(0) * 1.25
     np.testing.assert_allclose(delta_of(tmp_path / "ties"), expected, atol=1e-5)
 
+    combine(sources, tmp_path / "trim", "ties", weights, rank=6, density=0.25)
+    expected = np.zeros_like(first)
+    least = [np.sort(np.abs(each), axis=None)[-9] for each in (first, second)]  # of 36 entries a quarter
+    for place in np.ndindex(first.shape):
+        votes = [(w, w * d[place]) for w, d, size in zip(weights, (first, second), least) if abs(d[place]) >= size]
+        for_it = [(w, vote) for w, vote in votes if np.sign(vote) == np.sign(sum(each for _, each in votes))]
+        if for_it:
+            expected[place] = 1.25 * sum(vote for _, vote in for_it) / sum(w for w, _ in for_it)
+    np.testing.assert_allclose(delta_of(tmp_path / "trim"), expected, atol=1e-5)
+
     combine(sources, tmp_path / "dare", "dare", weights, rank=6, density=1.0)
     np.testing.assert_allclose(delta_of(tmp_path / "dare"), total, atol=1e-5)
     draws = []
@@ -273,6 +283,29 @@ def test_what_cannot_be_combined_is_explained(tmp_path, options, says):
     with pytest.raises(ValueError, match=says):
         combine([tmp_path / "a", tmp_path / "b"], tmp_path / "c", **options)
     assert not (tmp_path / "c").exists()
+
+
+LORA_ON_0 = {"rank": 2, "targets": ["0"]}
+
+
+@pytest.mark.parametrize(
+    "configs", [[DoRAConfig(**LORA_ON_0)], [LoRAConfig(**LORA_ON_0), BitFitConfig()], [BitFitConfig()]]
+)
+def test_only_lora_is_combined(tmp_path, configs):
+    cell = network()
+    for config in configs:
+        inject(cell, config)
+    save_delta(cell, tmp_path / "a")
+    with pytest.raises(DeltaFileError, match="only LoRA is combined|is not a delta of LoRA alone"):
+        combine([tmp_path / "a", tmp_path / "a"], tmp_path / "c")
+    assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize("part", ["parameters", "quantised", "base"])
+def test_a_description_may_leave_a_part_out(tmp_path, part):
+    save_delta(inject(network(), LoRAConfig(**LORA_ON_0)), tmp_path)
+    rewritten(tmp_path, **{part: None})
+    assert load_delta(network(), tmp_path).trainable_params()
 
 
 def test_nothing_to_save_is_an_error(tmp_path):

@@ -446,7 +446,7 @@ def test_the_network_must_be_untouched():
 @pytest.mark.parametrize(
     ("configs", "says"),
     [
-        ([], "has nothing"),
+        ([], "has nothing: of those here, PEFT has .*lokr.*, the prefix"),
         ([AdapterConfig(targets=["*.query"])], "has adapter"),
         ([LoRAConfig(), PTuning2Config(tokens=2)], "has lora and ptuning2"),
         ([PrefixConfig(tokens=2), BitFitConfig()], "biases train beside the prefix"),

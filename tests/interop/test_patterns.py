@@ -1,11 +1,12 @@
 """Which regular expressions of adapters are taken: those that people write, and none that takes for ever."""
 
 import re
+import sys
 import time
 
 import pytest
 
-from mindpet.interop.patterns import is_slow
+from mindpet.interop.patterns import _ways, is_slow, parser
 
 PATH = "base.encoder.layer.11.attention.self.query_and_more_to_come"
 TAKEN = [
@@ -49,3 +50,30 @@ def test_what_people_write_is_taken_and_fast(pattern):
 def test_what_could_take_for_ever_is_refused(pattern):
     re.compile(pattern)
     assert is_slow(pattern)
+
+
+WAYS = {
+    "abc": 1,
+    "a{2,5}": 4,
+    "(?:ab|cd|e.)": 3,
+    "(?:ab|cd)?": 4,
+    "(?:ab|cd){3}": 8,
+    "(?:ab|cd){3,4}": 32,
+    "(a)?(?(1)b*|c)": 2 * 61,
+    "(a)?(?(1)b*)": 2 * 61,
+    "(?=a*)b": 1,
+    "(?!a*)b*": 61,
+}
+
+
+@pytest.mark.parametrize("pattern", WAYS)
+def test_ways_are_counted(pattern):
+    assert 10.0 ** _ways(parser.parse(pattern)) == pytest.approx(WAYS[pattern])
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="atomic groups and possessive repeats are new in Python 3.11")
+def test_what_is_atomic_is_tried_in_one_way_unless_that_is_slow():
+    assert not is_slow("(?>a*)b") and not is_slow("a*+b")
+    assert 10.0 ** _ways(parser.parse("(?>a*)b")) == 1
+    assert is_slow("(?>(?:a|b|c|.){20})c")
+    assert is_slow("(?:(?:a|b|c|.){20})++c")

@@ -160,6 +160,15 @@ def test_networks_of_other_packages_have_none(monkeypatch):
         of(Scaled(2.0))
 
 
+def test_what_is_too_deep_is_not_told():
+    value = []
+    for depth in range(12):
+        assert facts.Facts().of(value) if depth < 8 else True
+        value = [value]
+    with pytest.raises(facts.NotKnown, match="too deep to look into"):
+        facts.Facts().of(value)
+
+
 def test_what_cannot_be_told_apart_is_compiled_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("MINDPET_CACHE", str(tmp_path))
     monkeypatch.setenv("MINDPET_COMPILED", "1")

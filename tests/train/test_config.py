@@ -85,6 +85,7 @@ def test_every_problem_is_in_one_message():
         ("data.holdout=.inf", "data.holdout"),
         ("method.targets=5", "'targets' must be a pattern or a list of them, but got 5"),
         ("method.layers=[-1]", "'layers' must be numbers from 0 on"),
+        ("method.layers=[true]", "'layers' must be numbers from 0 on, but got True"),
     ],
 )
 def test_a_wrong_value_is_explained(override, says):
