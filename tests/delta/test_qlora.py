@@ -447,7 +447,8 @@ def test_the_nearest_matrix_of_a_rank(shape, rng):
     np.testing.assert_allclose(left @ right, (u[:, :2] * values[:2]) @ v[:2], atol=1e-12)
     matrix[:, 1:] = 0  # of rank 1
     left, right = _nearest_of_rank(matrix, 3)
-    assert np.isfinite(left).all() and np.isfinite(right).all()
+    assert np.isfinite(left).all()
+    assert np.isfinite(right).all()
     np.testing.assert_allclose(left @ right, matrix, atol=1e-12)
 
 
