@@ -10,6 +10,7 @@ import yaml
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
+from mindpet.cli import screen
 from mindpet.cli.app import app
 from tests.tiny import overrides, sentences, write_model, write_rows
 
@@ -41,6 +42,20 @@ def test_a_run_shows_progress_and_ends_with_a_table(tuned):
         assert part in output
     report = json.loads((directory / "report.json").read_text())
     assert f"{report['parameters']['trainable']:,}" in output
+
+
+def test_what_is_left_is_estimated_without_the_step_that_was_compiled(monkeypatch, capsys):
+    record = dict.fromkeys(("loss", "learning_rate", "samples_per_second", "tokens_per_second"), 1.0)
+    now = [100.0]
+    monkeypatch.setattr(screen.time, "monotonic", lambda: now[0])
+    shown = screen.Screen()
+    shown.start(10, 20)
+    for step, seconds in ((11, 60.0), (12, 6.0), (13, 6.0)):
+        now[0] += seconds
+        shown.step({**record, "step": step})
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
+    assert "left" not in lines[0]
+    assert [line.rpartition("  ")[2] for line in lines[1:]] == ["48 s left", "42 s left"]
 
 
 def test_evaluate_prints_tables_and_json(tuned):

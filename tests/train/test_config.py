@@ -93,12 +93,16 @@ def test_a_wrong_value_is_explained(override, says):
         load_run(None, [*NEEDED, override])
 
 
-def test_another_method_on_the_command_line_leaves_the_options_of_the_first(tmp_path):
+def test_another_method_on_the_command_line_leaves_the_options_of_the_first(tmp_path, caplog):
     path = tmp_path / "run.yaml"
     path.write_text(template("m", "d.jsonl"))
     assert load_run(path, ["method.name=full"]).method.options == {}
     assert load_run(path, ["method.name=adapter", "method.size=4"]).method.options == {"size": 4}
+    assert caplog.messages == [
+        f"The file's options of lora are left out for {name}: rank, alpha" for name in ("full", "adapter")
+    ]
     assert load_run(path, ["method.name=lora"]).method.options == {"rank": 8, "alpha": 16}
+    assert len(caplog.messages) == 2
 
 
 def test_options_of_full_are_refused():

@@ -1,6 +1,7 @@
 """The run file: what it may say, where it comes from, and what is wrong with it, all problems at once."""
 
 import difflib
+import logging
 import os
 import re
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from mindpet import _yaml
 from mindpet._methods import MODULES
 
 METHOD_NAMES = (*MODULES, "full")
+_log = logging.getLogger("mindpet")
 
 
 class RunFileError(ValueError):
@@ -273,6 +275,11 @@ def _forget_other_method(content: dict[str, Any], overrides: Iterable[str]) -> N
     section = content.get("method")
     if wanted is not None and isinstance(section, dict) and section.get("name", "lora") != wanted:
         content["method"] = {}
+        others = ", ".join(str(key) for key in section if key != "name")
+        if others:
+            _log.warning(
+                "The file's options of %s are left out for %s: %s", section.get("name", "lora"), wanted, others
+            )
 
 
 def _apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:

@@ -38,6 +38,8 @@ def draw_comparison(result: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("parameters that train (%)")
     less = result["quality"] == "perplexity"
     axes.set_ylabel("held-out perplexity (less is better)" if less else f"held-out {result['quality']} (%)")
+    if result["quality"] == "accuracy":
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))
     seeds = len(result["seeds"])
     axes.set_title(f"{Path(os.path.abspath(result['model'])).name}, {seeds} seed{'s' * (seeds > 1)}", fontsize=10)
     figure.tight_layout()
