@@ -83,7 +83,7 @@ coverage: $(FETCHED) $(MODELS)  ## run the tests, and say which lines and branch
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
 
-mutation: $(FETCHED) $(MODELS)  ## change the code in 240 places and see whether a test notices; half an hour
+mutation: $(FETCHED) $(MODELS)  ## change the code in 240 places and see whether a test notices, two hours at most
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'
 	$(BIN)/python scripts/mutation.py $(ARGS)
 

@@ -32,6 +32,7 @@ PACKAGES = ("delta", "graph", "interop")
 TESTS = ("tests/delta", "tests/graph", "tests/interop", "tests/documented", "tests/test_contract.py", "tests/parallel")
 UNUSED = ("VariableReplacer", "VariableInserter", "RemoveDecorator")
 OPERATORS = [name for name in operator_names() if not name.endswith(UNUSED)]
+UNNOTICED = ("survived", "uncovered", "error")
 LIMIT = 300.0  # seconds for all tests of one change
 
 
@@ -55,20 +56,23 @@ def main() -> int:
         for position, names in sorted(changes(path.read_text()).items())
     ]
     print(f"{len(places)} places, of which {min(options.sample, len(places))} are tried")
+    in_functions = {str(path.relative_to(HOME)): lines_in_functions(path.read_text()) for path, _, _ in places}
     through: dict[str, set[str]] = defaultdict(set)
     for (module, _), tests in passes.items():
         through[module] |= tests
     chance = random.Random(options.seed)
     log = options.directory / "tried.jsonl"
     lines = map(json.loads, log.read_text().splitlines()) if log.exists() else ()
-    known = {line["key"]: line for line in lines if line["outcome"] not in ("survived", "uncovered")}
+    known = {line["key"]: line for line in lines if line["outcome"] not in UNNOTICED}
     results = []
     for path, position, names in chance.sample(places, min(options.sample, len(places))):
         name, occurrence = chance.choice(names)
         module, state = str(path.relative_to(HOME)), hashlib.sha256(path.read_bytes()).hexdigest()[:8]
         key = f"{module}:{position[0]}:{position[1]} {name} {occurrence} {state}"
         if key not in known:
-            tests = passes.get((module, position[0])) or through[module]
+            tests = passes.get((module, position[0]), set())
+            if position[0] not in in_functions[module]:
+                tests = tests or through[module]
             tests = sorted(tests, key=lambda one: durations[one])
             known[key] = {
                 "key": key,
@@ -82,7 +86,7 @@ def main() -> int:
     for package in options.packages:
         counts = Counter(each["outcome"] for each in results if each["package"] == package)
         print(f"{package:<8} {dict(counts)}")
-    survivors = [each for each in results if each["outcome"] in ("survived", "uncovered")]
+    survivors = [each for each in results if each["outcome"] in UNNOTICED]
     (options.directory / "survivors.txt").write_text("\n".join(f"{each['key']}\n{each['diff']}" for each in survivors))
     return 0
 
@@ -128,6 +132,13 @@ def changes(source: str) -> dict[tuple[int, int], list[tuple[str, int]]]:
             if position[0] not in hidden:
                 found.setdefault(position, []).append((name, occurrence))
     return found
+
+
+def lines_in_functions(source: str) -> set[int]:
+    """The lines of bodies of functions: the rest runs when the module is imported."""
+    functions = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.Lambda))
+    bodies = (node.body if isinstance(node.body, list) else [node.body] for node in functions)
+    return {line for body in bodies for line in range(body[0].lineno, (body[-1].end_lineno or 0) + 1)}
 
 
 class Positions(Visitor):

@@ -461,11 +461,11 @@ def as_markdown():
     return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    print(as_markdown())
-
-
 @pytest.mark.parametrize("name", [name for name, one in METHODS.items() if hasattr(one.config, "dropout")])
 def test_a_dropout_of_the_int_zero_is_none(name):
     more = {"encoder": "lstm"} if name == "p_tuning" else {}
     assert METHODS[name].config(dropout=0, **more).dropout == 0
+
+
+if __name__ == "__main__":
+    print(as_markdown())

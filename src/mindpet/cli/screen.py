@@ -39,7 +39,7 @@ class Screen(Reporter):
         self.console = console_of(quiet)
         self.progress: Progress | None = None
         self.total = 0
-        self.last_line = self.started = 0.0
+        self.last_line = 0.0
 
     def start(self, done: int, total: int) -> None:
         """Show the bar."""
@@ -58,22 +58,25 @@ class Screen(Reporter):
             self.progress.start()
             self.task = self.progress.add_task("training", total=total, completed=done, figures="compiling")
         self.done_before = done
+        self.since: tuple[float, int] | None = None
 
     def step(self, record: dict[str, Any]) -> None:
         """Move the bar, or print a line every few seconds."""
         rate, speed, tokens = record["learning_rate"], record["samples_per_second"], record["tokens_per_second"]
         figures = f"loss {record['loss']:.3f}  rate {rate:.1e}  {speed:.3g} samples/s  {tokens:.0f} tokens/s"
         now, steps = time.monotonic(), record["step"] - self.done_before
-        if steps == 1:  # what is left is estimated without it: it was compiled
-            self.started = now
+        if self.since is None:  # what is left is estimated without the first step, which was compiled
+            self.since = now, steps
             if self.progress:
-                self.progress.reset(self.task, total=self.total, completed=record["step"], figures=figures)
+                self.progress.reset(self.task, completed=record["step"])
         if self.progress:
             self.progress.update(self.task, completed=record["step"], figures=figures)
         elif now - self.last_line >= _LINE_EVERY or record["step"] == self.total:
             self.last_line = now
-            seconds = (now - self.started) / max(steps - 1, 1) * (self.total - record["step"])
-            left = f"  {seconds:.0f} s left" if steps > 1 else ""
+            begun, before = self.since
+            left = ""
+            if steps > before:
+                left = f"  {(now - begun) / (steps - before) * (self.total - record['step']):.0f} s left"
             self.console.print(f"step {record['step']}/{self.total}  {figures}{left}", soft_wrap=True)
 
     def evaluation(self, record: dict[str, Any], best: bool) -> None:

@@ -19,9 +19,9 @@ from pathlib import Path
 from mindpet import _compat, _files
 
 _log = logging.getLogger("mindpet")
-_NAMES = ("rows", "attention", "dense", "narrow", "quantised", "head", "packed", "cached")
+_NAMES = ("rows", "attention", "dense", "narrow", "quantised", "head", "packed", "few")
 _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
-_HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "product.h"))
+_HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "product.h", "matrix.h"))
 # NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
 _FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wl,-z,nodelete"),

@@ -72,7 +72,7 @@ class FastLayerNorm(Fast, nn.LayerNorm):
         return y
 
 
-def _is_mask_of(mask, scores):
+def is_mask_of(mask, scores):
     """Whether a mask of that shape broadcasts to scores of this one, which stay as they are."""
     fits = len(scores) == 4 and len(mask) == 4 and mask[3] == scores[3]
     for axis in range(3):
@@ -89,7 +89,7 @@ class FastMaskedSoftmax(Fast, nn.Cell):
         self.softmax = ops.Softmax(axis=-1)
 
     def construct(self, scores, mask):
-        if self.takes(scores) and self.takes(mask) and _is_mask_of(mask.shape, scores.shape):
+        if self.takes(scores) and self.takes(mask) and is_mask_of(mask.shape, scores.shape):
             return self.fast(scores, mask)
         return self.softmax(scores + ops.stop_gradient(mask))
 
@@ -205,7 +205,7 @@ class FastAttention(Fast, nn.Cell):
     def construct(self, query, key, value, mask):
         known = self.takes(query) and self.takes(key) and self.takes(value) and self.takes(mask)
         scores = query.shape[0], self.original.heads, query.shape[1], key.shape[1]
-        if not (known and _is_mask_of(mask.shape, scores)):
+        if not (known and is_mask_of(mask.shape, scores)):
             return self.original(query, key, value, mask)
         if not (self.original.dropout.training and self.drops):
             return self.whole(query, key, value, mask, self.no_words, self.no_keys)

@@ -31,6 +31,7 @@ namespace mindpet {
 
 constexpr int64_t CHUNK = 8192;     // elements that a thread takes at a time
 constexpr int64_t SMALL = 65536;    // elements below which waking other threads costs more than it saves
+constexpr int64_t FEW = 4;          // the most rows that what is made for few rows takes
 constexpr std::chrono::microseconds AWAKE{60};  // that a thread looks for the next kernel before it sleeps
 
 // Threads that sleep between two kernels, unless the next one comes at once: to wake a thread takes longer than some

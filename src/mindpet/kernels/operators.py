@@ -58,24 +58,6 @@ def _first_three(*shapes: Any) -> Any:
     return shapes[0], shapes[1], shapes[2]
 
 
-def _fourth(*shapes: Any) -> Any:
-    return shapes[3]
-
-
-def _coded(at: int, *shapes: Any) -> Any:
-    """Of x W^T for the codes, or the W, at this place of the inputs: rows, and a column for each row of W."""
-    (rows, into), (count, size) = shapes[0], shapes[at]
-    return [rows, count if size == into else count * BLOCK // into]
-
-
-def _three_coded(*shapes: Any) -> Any:
-    return _coded(3, *shapes), _coded(5, *shapes), _coded(7, *shapes)
-
-
-def _gate(*shapes: Any) -> Any:
-    return _coded(3, *shapes)
-
-
 class Kernel(ops.Custom):
     """The compiled function of that name; `shape` says the output's from the inputs', or those of several `outputs`.
 
@@ -333,62 +315,6 @@ class PackedProduct(nn.Cell):
 
     def bprop(self, x, weight, out, dout):
         return self.backward(dout, weight), self.backward_weight(dout, x)
-
-
-class PackedOnto(nn.Cell):
-    """rows + x W^T: x ``(rows, in)``, codes and factors of W, rows ``(rows, out)``; or twice W in the place of those.
-
-    No gradient goes through it.
-    """
-
-    def __init__(self):
-        super().__init__(auto_prefix=False)
-        self.forward = Kernel("packed_onto", _fourth)
-
-    def construct(self, x, codes, factors, rows):
-        return self.forward(x, codes, factors, rows)
-
-
-class PackedThree(nn.Cell):
-    """n W^T of three W, with n the RMSNorm of x: x, weight, epsilon, then of each codes and factors, or twice W.
-
-    No gradient goes through it.
-    """
-
-    def __init__(self):
-        super().__init__(auto_prefix=False)
-        self.forward = Kernel("packed_three", _three_coded, 3)
-
-    def construct(self, *inputs):
-        return self.forward(*inputs)
-
-
-class PackedGated(nn.Cell):
-    r""":math:`\mathrm{silu}(n G^T) \odot n U^T`, with n the RMSNorm of x; inputs as those of :class:`PackedThree`."""
-
-    def __init__(self):
-        super().__init__(auto_prefix=False)
-        self.forward = Kernel("packed_gated", _gate)
-
-    def construct(self, *inputs):
-        return self.forward(*inputs)
-
-
-class CachedAttention(nn.Cell):
-    """Rotary positions and :class:`Attention` of a few tokens, ``(batch * n, heads * dim)``, to a cache's slots.
-
-    Their keys and values ``(batch * n, groups * dim)`` are written into `keys` and `values`, Parameters ``(batch *
-    capacity, groups * dim)``, at `slots` int32 ``(batch * n,)``; a token sees the slots of its sample up to its own.
-    Nothing else of the graph may read the two. No gradient goes through it.
-    """
-
-    def __init__(self, heads: int, groups: int, scale: float):
-        super().__init__(auto_prefix=False)
-        self.counts, self.scale = Tensor([heads, groups], mstype.int32), Tensor([scale], mstype.float32)
-        self.forward = Kernel("cached_attention")
-
-    def construct(self, query, key, value, cos, sin, keys, values, slots):
-        return self.forward(query, key, value, cos, sin, keys, values, slots, self.counts, self.scale)
 
 
 class SquareSum(nn.Cell):

@@ -6,8 +6,10 @@ order in which products are summed.
 """
 
 import ctypes
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from mindspore import Parameter, Tensor, nn
@@ -94,4 +96,9 @@ def _call(function: str, weight: Parameter, codes: np.ndarray, factors: np.ndarr
     values = np.ascontiguousarray(weight.asnumpy())
     pointers = [ctypes.c_void_p(array.ctypes.data) for array in (values, codes, factors)]
     sizes = (ctypes.c_int64(each) for each in (*weight.shape, codes.shape[1]))
-    return bool(getattr(ctypes.CDLL(str(build.library())), function)(pointers[0], *sizes, *pointers[1:]))
+    return bool(getattr(_loaded(build.library()), function)(pointers[0], *sizes, *pointers[1:]))
+
+
+@functools.cache
+def _loaded(library: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(library))

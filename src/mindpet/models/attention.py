@@ -79,10 +79,11 @@ def attend(core, query, key, value, mask, extra):
 
 
 def _written(buffer, slots, part):
-    """Write (batch, n, heads * head_dim) into the slots of a buffer, and return all of it, (batch, capacity, .).
+    """Write (batch, n, heads * head_dim) into slots (batch * n, 1) of a buffer, and return it, (batch, capacity, .).
 
     The buffer is a Parameter of rows, (batch * capacity, heads * head_dim), which is changed in place.
     """
     batch, _, width = part.shape
-    rows = ops.ScatterUpdate()(buffer, slots, part.reshape((-1, width)).astype(buffer.dtype))
+    # not ScatterUpdate, whose first write MindSpore 2.7.0 loses in PyNative mode
+    rows = ops.ScatterNdUpdate()(buffer, slots, part.reshape((-1, width)).astype(buffer.dtype))
     return rows.reshape((batch, -1, width))

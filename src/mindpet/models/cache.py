@@ -8,8 +8,7 @@ again, since a compiled graph is bound to them.
 """
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import mindspore as ms
@@ -18,6 +17,7 @@ from mindspore import Parameter, Tensor, ops
 
 from mindpet import _checks, _compat
 from mindpet.graph.blocks import first_call
+from mindpet.kernels.operators import FEW
 from mindpet.kernels.packing import pack_weights, packed_in_use
 from mindpet.models.short import short_layers_in_use
 
@@ -110,7 +110,7 @@ class Step(_compat.GraphCell):
         capacity = buffers[0].shape[0] // batch
         hidden = (ops.arange(capacity) > positions.expand_dims(2)).astype(ms.float32)  # (batch, n, capacity)
         starts = (ops.arange(batch) * capacity).expand_dims(1)
-        slots = (starts + positions).reshape(-1).astype(ms.int32)  # (batch * n,)
+        slots = (starts + positions).reshape((-1, 1)).astype(ms.int32)  # (batch * n, 1)
         layers = len(buffers) // 2
         extras: tuple = ()
         for layer in range(layers):
@@ -151,20 +151,15 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
         step.set_train(network.training)
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
+        few = size * cache.batch <= FEW
         with (
             first_call(step, (size, *map(id, cache.buffers))) as compiles,
-            _short_and_packed(network) if compiles else nullcontext(),
+            packed_in_use(network) if compiles and few else nullcontext(),
+            short_layers_in_use(network) if compiles and few else nullcontext(),
         ):
             logits = step(*piece, *cache.buffers)
     cache.lengths = lengths
     return logits
-
-
-@contextmanager
-def _short_and_packed(network: "CausalLanguageModel") -> Iterator[None]:
-    layers = [cell for _, cell in network.cells_and_names() if hasattr(cell, "short_attention")]
-    with packed_in_use(network), short_layers_in_use(layers):
-        yield
 
 
 def _pack(network: "CausalLanguageModel") -> None:

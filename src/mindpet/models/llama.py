@@ -229,12 +229,12 @@ class LlamaDecoderLayer(nn.Cell):
         self.mlp = LlamaMLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.short_attention: Any = None  # for a few rows and packed weights: see mindpet.models.short
+        self.short_attention: Any = None  # for a few rows: see mindpet.models.short
         self.short_mlp: Any = None
 
     def construct(self, rows, mask, cos, sin, extra):
-        if self.short_attention is not None and self.short_attention.takes_few_of(rows, extra):
-            rows = self.short_attention(rows, cos, sin, extra)
+        if self.short_attention is not None and self.short_attention.takes_few_of(rows, mask, cos, extra):
+            rows = self.short_attention(rows, mask, cos, sin, extra)
         else:
             rows = rows + self.self_attn(self.input_layernorm(rows), mask, cos, sin, extra)
         if self.short_mlp is not None and self.short_mlp.takes_few(rows):

@@ -1,24 +1,33 @@
 """The two halves of a layer of LLaMA's for a few rows, such as the next token: five kernels for seventeen operators.
 
 For one row MindSpore takes as long to run the operators around the products as those take. What stands here computes
-the same, with weights as they are or packed, and is there only while the step of a cache is compiled: see
-mindpet.kernels.packing.
+the same, with weights as they are or packed, and is there only while the step of a cache is compiled for few rows: see
+mindpet.models.cache.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, nn
 from mindspore import dtype as mstype
 
 from mindpet import _compat
-from mindpet.kernels import operators
-from mindpet.kernels.cells import Fast, FastAttention, FastDense, FastGatedSiLU, FastMatMul, FastRMSNorm, FastRotary
+from mindpet.kernels import few, operators
+from mindpet.kernels.cells import (
+    Fast,
+    FastAttention,
+    FastDense,
+    FastGatedSiLU,
+    FastMatMul,
+    FastRMSNorm,
+    FastRotary,
+    is_mask_of,
+)
 
 
 class _AsItIs(nn.Cell):
-    """A weight in the place of codes and factors."""
+    """A weight in the place of codes and factors; a Cell, since a graph takes attributes of those alone."""
 
     def __init__(self, weight: Parameter):
         super().__init__(auto_prefix=False)
@@ -37,8 +46,7 @@ class _Short(Fast, nn.Cell):
     def __init__(self, norm: FastRMSNorm, last: nn.Dense):
         super().__init__(auto_prefix=False)
         self.norm, self.last = norm, _weights(last)
-        self.epsilon = Tensor([norm.epsilon], mstype.float32)
-        self.onto = operators.PackedOnto()
+        self.onto = few.ProductOnto()
 
     def takes_few(self, rows):
         """Whether these are few enough."""
@@ -51,11 +59,11 @@ class ShortMLP(_Short):
     def __init__(self, norm: FastRMSNorm, mlp: Any):
         super().__init__(norm, mlp.down_proj)
         self.gate, self.up = _weights(mlp.gate_proj), _weights(mlp.up_proj)
-        self.gated = operators.PackedGated()
+        self.gated = few.NormAndGate()
 
     def construct(self, rows):
-        gate, up = self.gate, self.up
-        wide = self.gated(rows, self.norm.weight, self.epsilon, gate.codes, gate.factors, up.codes, up.factors)
+        both = self.gate.codes, self.gate.factors, self.up.codes, self.up.factors
+        wide = self.gated(rows, self.norm.weight, self.norm.fast.epsilon, *both)
         return self.onto(wide, self.last.codes, self.last.factors, rows)
 
 
@@ -65,30 +73,35 @@ class ShortAttention(_Short):
     def __init__(self, norm: FastRMSNorm, attention: Any):
         super().__init__(norm, attention.o_proj)
         self.query, self.key, self.value = map(_weights, _inputs(attention))
-        self.three = operators.PackedThree()
-        self.attention = operators.CachedAttention(attention.heads, attention.kv_heads, attention.core.original.scale)
+        self.three = few.NormAndThreeProducts()
+        whole = attention.core.whole
+        self.heads = attention.core.original.heads
+        self.attention = few.CachedAttention(whole.counts, whole.factors)
 
-    def takes_few_of(self, rows, extra):
-        """Whether these are few enough, and there is a cache of their dtype."""
-        cached = extra is not None and len(extra) == 3
-        return cached and self.takes_few(rows) and extra[0].dtype == mstype.float32
+    def takes_few_of(self, rows, mask, cos, extra):
+        """Whether these are few enough, and there is a cache, all in float32."""
+        if extra is None or len(extra) < 3:
+            return False
+        batch, tokens = cos.shape[0], cos.shape[1]
+        fits = is_mask_of(mask.shape, (batch, self.heads, tokens, extra[0].shape[0] // batch))
+        return fits and self.takes(mask) and self.takes_few(rows) and extra[0].dtype == mstype.float32
 
-    def construct(self, rows, cos, sin, extra):
+    def construct(self, rows, mask, cos, sin, extra):
         query, key, value = self.query, self.key, self.value
-        codes = query.codes, query.factors, key.codes, key.factors, value.codes, value.factors
-        parts = self.three(rows, self.norm.weight, self.epsilon, *codes)
-        mixed = self.attention(*parts, cos, sin, *extra)
+        three = query.codes, query.factors, key.codes, key.factors, value.codes, value.factors
+        parts = self.three(rows, self.norm.weight, self.norm.fast.epsilon, *three)
+        mixed = self.attention(*parts, cos, sin, *extra, mask)
         return self.onto(mixed, self.last.codes, self.last.factors, rows)
 
 
 @contextmanager
-def short_layers_in_use(layers: Iterable[Any]) -> Iterator[None]:
-    """What is compiled within it takes few rows through what is short of these layers; nothing else ever does.
+def short_layers_in_use(network: nn.Cell) -> Iterator[None]:
+    """What is compiled within it takes few rows through what is short of its layers; nothing else ever does.
 
-    Args:
-        layers: each has a `short_attention` and a `short_mlp`, None outside, and says by `shortened` what they can be.
+    Those are the Cells with `shortened`, which says what their `short_attention` and `short_mlp` can be. Outside both
+    are None.
     """
-    layers = list(layers)
+    layers: list[Any] = [cell for _, cell in network.cells_and_names() if hasattr(cell, "shortened")]
     try:
         for layer in layers:  # not by setattr: they hold what the layer has already
             vars(layer).update(zip(("short_attention", "short_mlp"), layer.shortened()))
@@ -123,8 +136,9 @@ def _is_plain(cell: Any, kind: type[nn.Cell]) -> bool:
 
 
 def _is_changed(cell: nn.Cell) -> bool:
-    """Whether somebody watches it or has it compute in another dtype."""
-    return _compat.has_hooks(cell) or _compat.forced_dtype(cell) is not None
+    """Whether somebody watches it, has it compute in another dtype, or gave it a method of its own."""
+    own = any(callable(value) and hasattr(type(cell), name) for name, value in vars(cell).items())
+    return own or _compat.has_hooks(cell) or _compat.forced_dtype(cell) is not None
 
 
 def _multiplies(dense: Any) -> bool:
