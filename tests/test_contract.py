@@ -266,5 +266,5 @@ def test_the_cost_in_the_docstring_is_what_it_adds(method):
 def test_the_registry_says_what_people_need(method):
     assert "arXiv:" in method.paper
     assert method.config.__doc__
-    assert method.learning_rate > 0
+    assert 1e-5 <= method.learning_rate <= 0.1
     assert method.trainable

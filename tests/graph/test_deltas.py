@@ -308,6 +308,12 @@ def test_a_description_may_leave_a_part_out(tmp_path, part):
     assert load_delta(network(), tmp_path).trainable_params()
 
 
+def test_a_broken_checkpoint_is_no_delta(tmp_path):
+    (tmp_path / "mine.ckpt").write_bytes(b"no checkpoint")
+    with pytest.raises(DeltaFileError, match="mine.ckpt"):
+        load_delta(network(), tmp_path / "mine.ckpt")
+
+
 def test_nothing_to_save_is_an_error(tmp_path):
     cell = network()
     for parameter in cell.get_parameters():

@@ -325,3 +325,13 @@ def test_targets_are_found_without_changing_anything():
     assert list(report.matched) == ["blocks.0.attention.query"]
     assert list(report.misses) == ["*.nothing"]
     assert state_of(network) == before
+
+
+@pytest.mark.parametrize("include_norm", [False, True])
+def test_another_method_beside_bitfit_says_nothing_of_norms(include_norm):
+    network = nn.SequentialCell(nn.Dense(4, 4), nn.LayerNorm((4,)))
+    inject(network, BitFitConfig(include_norm=include_norm))
+    inject(network, LoRAConfig(rank=1, targets=["0"]))
+    trains = {parameter.name for parameter in network.trainable_params()}
+    assert "0.bias" in trains
+    assert ("1.beta" in trains) == include_norm

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 from mindpet import AdapterConfig, BitFitConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
 from mindpet.delta import LoRADense
 from mindpet.graph import eject, freeze_delta, merge
+from mindpet.graph.inject import injections
 from mindpet.interop import PeftFormatError, load_peft, save_peft
 from mindpet.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
 from tests.oracles import difference
@@ -150,7 +151,9 @@ def test_what_was_read_is_written_bit_for_bit(tmp_path, case):
 
 
 def test_what_trained_goes_on_training():
+    assert injections(load_peft(network(), GOLDEN / "bias_all"))[0].config.bias == "all"
     cell = load_peft(network(), GOLDEN / "bias_lora_only")
+    assert injections(cell)[0].config.bias == "lora_only"
     names = {parameter.name for parameter in cell.trainable_params()}
     assert len(names) == 4 * 3 + 2  # A, B and a bias of four modules, the head
     assert "bert.encoder.layer.1.attention.self.value.bias" in names
