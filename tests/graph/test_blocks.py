@@ -248,6 +248,7 @@ def test_what_is_not_a_cell_is_refused():
         pass
 
 
+@pytest.mark.skipif(not hasattr(nn.Cell, "compile_phase"), reason="MindSpore 2.7 names no graphs in cells")
 def test_a_graph_is_named_in_the_cells_below_when_it_is_compiled_and_not_at_each_call():
     ms.set_context(mode=ms.GRAPH_MODE)
 

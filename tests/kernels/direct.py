@@ -57,6 +57,12 @@ def digests(library):
     tables = (epsilon, epsilon, *(generator.standard_normal(shape, np.float32) for shape in ((256, 2), 256)))
     codes = generator.integers(0, 256, (4500, 16)).astype(np.uint8)
     pairs = generator.standard_normal((4500, 2), np.float32)
+    few, plain = (dy[:4, :96], weight[:96], epsilon), up[:70, :96]
+    turned = (generator.standard_normal((2, 2, 1, 32), np.float32) for _ in range(2))
+    held = (generator.standard_normal((400, 64), np.float32) for _ in range(2))
+    slots, seen = np.array([[7], [180], [399], [200]], np.int32), generator.standard_normal((1, 6, 1, 200), np.float32)
+    counts = np.array([6, 2], np.int32), np.array([0.2, 1.0], np.float32)
+    cached = (pairs[:384].reshape(4, 192), x[4:8, :64], x[8:12, :64], *turned, *held, slots, seen, *counts)
     calls = {
         "gelu_forward": ((x,), same),
         "gelu_backward": ((x, dy), same),
@@ -92,6 +98,10 @@ def digests(library):
         "quantised_forward": ((dy[:, :32], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 16)),
         "quantised_backward": ((dy[:, :16], *quantised, *tables, np.array([16, 32, 64], np.int32)), (rows, 32)),
         "packed_forward": ((dy[:4, :96], up[:1500, :96], codes, pairs), (4, 1500)),
+        "few_onto": ((dy[:4, :96], codes, pairs, np.tile(losses[:1500], (4, 1))), (4, 1500)),
+        "few_three": ((*few, codes, pairs, codes[:300], pairs[:300], plain, plain), (4, 1500), ((4, 100), (4, 70))),
+        "few_gated": ((*few, codes, pairs, codes[::-1], pairs[::-1]), (4, 1500)),
+        "cached_attention": (cached, (4, 192)),
         "attention_forward": (attention, query.shape),
         "attention_backward": ((*attention, query, query), query.shape, (key.shape, key.shape)),
     }
