@@ -303,7 +303,7 @@ def generate(
         tokens = writer.tokens_of(prompt, form, system)
         typer.echo(f"{form}: {writer.why if chat is None else 'as asked for'}.", err=True)
         if mode == "graph":
-            typer.echo("Compiling takes 10 to 30 seconds; --mode pynative begins at once.", err=True)
+            typer.echo("Compiling takes 5 to 30 seconds; --mode pynative begins at once.", err=True)
         stream = writer.write(tokens, max_tokens=max_tokens, stop=stop or (), **sampling)
         result = print_stream(stream, as_json, {"source": source, "form": form, "mode": mode, **sampling})
         if result.stopped == "interrupted":
