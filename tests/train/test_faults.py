@@ -147,6 +147,24 @@ def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_
     assert failures
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_a_full_disk_is_said_where_a_process_cannot_say_it(words, tmp_path):
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    disk = small_disk(directory, 4096)
+    if disk is None:
+        pytest.skip("no file system can be mounted here")
+    command, mount = disk
+    begun = f"grep -qs step {directory}/run/parallel/events.jsonl"
+    fill = f"(until {begun}; do sleep 0.1; done; cat /dev/zero > {directory}/all) & "
+    more = f"output.directory={directory}/run", "parallel.processes=2", "train.epochs=40"
+    tune = " ".join([sys.executable, "-m", "mindpet", "finetune", *map(quoted, [*words, *more])])
+    done = subprocess.run([*command, mount + fill + tune], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "No space is left on the disk of the output directory: make room first." in done.stdout + done.stderr
+
+
 class Hungry(Reporter):
     """Asks for more memory than any machine has after the third step."""
 

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from mindpet.train.processes import LOCK, environment_of, free_port, lock_of, wi
 _PLACE = "MINDPET_PARALLEL"  # where the processes of a job are told to write what they have to say
 _AGREED = (Interrupted, Diverged)  # ends that all processes come to together
 _GRACE = 3.0  # seconds for msrun to say why a process ended, and for the last words of the others
+_ROOM = 1 << 16  # bytes without which a process cannot say how it ended
 _EXIT = 30.0  # seconds from the end of the work to that of the processes
 
 
@@ -188,11 +190,13 @@ def _lost(job: _Job, rank: int, how: str, step: int) -> ProcessLost:
     lines = job.last_lines(rank)
     run_file = shlex.quote(str(job.place.parent / "run.yaml"))
     begun = (job.place.parent / "checkpoint.safetensors").is_file()
+    full = shutil.disk_usage(job.place).free < _ROOM  # it could not even say so
     return ProcessLost(
         f"Process {rank} of {job.count} (counted from 0) {how}"
         + (f" after step {step}" if step else " before the first step")
         + "; the others were stopped."
         + (f" It said last:\n{lines}" if lines else "")
+        + ("\nNo space is left on the disk of the output directory: make room first." if full else "")
         + (f"\nGo on with: mindpet finetune {run_file} --resume" if begun else "")
         + f"\nAll output is in {job.place}."
     )
