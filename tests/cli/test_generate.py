@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import mindspore as ms
 import numpy as np
@@ -151,9 +152,10 @@ def test_graph_mode_writes_the_same(model):
     assert "Compiling takes" in found[0][2]
 
 
-def test_an_interruption_leaves_what_there_is(tmp_path):
+@pytest.mark.parametrize("mode", ["pynative", "graph"])
+def test_an_interruption_leaves_what_there_is(mode, tmp_path):
     model = write_language_model(tmp_path / "model", max_position_embeddings=20000)
-    words = [sys.executable, "-m", "mindpet", "generate", str(model), "a wave", "--raw", "--mode", "pynative"]
+    words = [sys.executable, "-m", "mindpet", "generate", str(model), "a wave", "--raw", "--mode", mode]
     words += ["--max-tokens", "15000", "--temperature", "1"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         first = os.read(process.stdout.fileno(), 1)
@@ -165,6 +167,21 @@ def test_an_interruption_leaves_what_there_is(tmp_path):
     assert b"Traceback" not in errors
 
 
+def test_an_interruption_of_compiling_leaves_nothing(tmp_path):
+    model = write_language_model(tmp_path / "model", num_hidden_layers=12)
+    words = [sys.executable, "-m", "mindpet", "generate", str(model), "a wave", "--raw", "--mode", "graph"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=tmp_path) as process:
+        while b"Compiling takes" not in process.stderr.readline():
+            pass
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, b"")
+    assert errors.endswith(b"Interrupted.\n")
+    assert b"Traceback" not in errors
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -173,7 +190,7 @@ def test_an_interruption_leaves_what_there_is(tmp_path):
         (["MODEL", "x", "--mode", "fast"], "--mode is pynative or graph, not 'fast'"),
         (["MODEL", ""], "the prompt is empty"),
         (["MODEL", "x", "--raw", "--system", "y"], "a system text belongs to a conversation"),
-        (["MODEL", "x", "--raw", "--stop", ""], "'stop' must be strings"),
+        (["MODEL", "x", "--raw", "--stop", ""], "--stop must not be empty"),
         (["MODEL", "boat " * 99, "--raw"], "128 positions"),
         (["PLAIN", "x", "--chat"], "no chat template"),
         (["nowhere", "x"], "There is no file or directory nowhere"),

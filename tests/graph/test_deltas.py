@@ -308,6 +308,14 @@ def test_a_description_may_leave_a_part_out(tmp_path, part):
     assert load_delta(network(), tmp_path).trainable_params()
 
 
+def test_a_delta_that_is_not_there_is_looked_for(tmp_path):
+    save_delta(tuned(), tmp_path / "run" / "delta")
+    with pytest.raises(DeltaFileError, match="; there is one in .*run/delta.$"):
+        load_delta(network(), tmp_path / "run")
+    with pytest.raises(DeltaFileError, match="; near it: run.$"):
+        load_delta(network(), tmp_path / "runn")
+
+
 def test_a_broken_checkpoint_is_no_delta(tmp_path):
     (tmp_path / "mine.ckpt").write_bytes(b"no checkpoint")
     with pytest.raises(DeltaFileError, match="mine.ckpt"):

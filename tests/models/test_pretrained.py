@@ -76,8 +76,12 @@ def test_other_files_are_refused(tmp_path, name, content, says):
 
 def test_what_lies_beside_a_misspelt_path_is_shown(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"")
-    with pytest.raises(PretrainedFilesError, match=r"beside it: model\.gguf"):
+    for name in ("a", "b", "c", "d", "e", "f", "g", "h", ".hidden"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(PretrainedFilesError, match=r"; near it: model\.gguf\.$"):
         open_pretrained(tmp_path / "modle.gguf")
+    with pytest.raises(PretrainedFilesError, match="; beside it: a, b, c, d, e, f, g, h.$"):
+        open_pretrained(tmp_path / "xyz")
 
 
 @pytest.mark.parametrize(

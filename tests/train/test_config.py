@@ -99,10 +99,15 @@ def test_another_method_on_the_command_line_leaves_the_options_of_the_first(tmp_
     assert load_run(path, ["method.name=full"]).method.options == {}
     assert load_run(path, ["method.name=adapter", "method.size=4"]).method.options == {"size": 4}
     assert caplog.messages == [
-        f"The file's options of lora are left out for {name}: rank, alpha" for name in ("full", "adapter")
+        f"The file's options of lora are left out, {name} has its own defaults: rank, alpha"
+        for name in ("full", "adapter")
     ]
     assert load_run(path, ["method.name=lora"]).method.options == {"rank": 8, "alpha": 16}
-    assert len(caplog.messages) == 2
+    load_run(path, ["method.name=dora", "method.rank=2"])
+    assert caplog.messages[2].endswith("dora has its own defaults: alpha")
+    with pytest.raises(RunFileError, match="did you mean lora"):
+        load_run(path, ["method.name=lorra"])
+    assert len(caplog.messages) == 3
 
 
 def test_options_of_full_are_refused():

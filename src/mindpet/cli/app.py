@@ -289,13 +289,16 @@ def generate(
             if sys.stdin.isatty():
                 _note("Type the prompt; Ctrl-D ends it.")
             prompt = sys.stdin.read().removesuffix("\n")
-        from mindpet.cli.stream import print_stream
+        from mindpet.cli.stream import ended_at_once, print_stream
         from mindpet.models.sampling import Sampling
         from mindpet.train.run import unfinished
         from mindpet.train.writing import open_writer
 
         sampling: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
         Sampling(**sampling)  # a mistake is told before the model is read
+        if stop and "" in stop:
+            raise ValueError("--stop must not be empty.")
+        typer.echo(f"Reading {source}...", err=True)
         writer = open_writer(source, delta, mode)
         if os.path.isfile(os.path.join(source, "run.yaml")):
             _note(unfinished(source))
@@ -304,7 +307,8 @@ def generate(
         typer.echo(f"{form}: {writer.why if chat is None else 'as asked for'}.", err=True)
         if mode == "graph":
             typer.echo("Compiling takes 5 to 30 seconds; --mode pynative begins at once.", err=True)
-        stream = writer.write(tokens, max_tokens=max_tokens, stop=stop or (), **sampling)
+        with ended_at_once():
+            stream = writer.write(tokens, max_tokens=max_tokens, stop=stop or (), **sampling)
         result = print_stream(stream, as_json, {"source": source, "form": form, "mode": mode, **sampling})
         if result.stopped == "interrupted":
             raise typer.Exit(130)

@@ -1,6 +1,7 @@
 """Text that appears as it is generated."""
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import typer
 
 from mindpet.models.generation import Generation, TextStream
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a graph of MindSpore's makes a SIGTERM of a SIGINT
 _WHY = {
     "end": "it ended by itself",
     "stop": "a stop text came",
@@ -24,7 +26,7 @@ _WHY = {
 def print_stream(stream: TextStream, as_json: bool, about: dict[str, Any]) -> Generation:
     """Print a text while it is generated, or JSON of it and `about` at the end; figures go to stderr.
 
-    The first SIGINT ends it after its present token, the second at once.
+    The first SIGINT or SIGTERM ends it after its present token, the second at once.
     """
     with _stopped_by_signal(stream):
         for piece in stream:
@@ -50,11 +52,34 @@ def _stopped_by_signal(stream: TextStream) -> Iterator[None]:
         return
 
     def handle(number: int, _: Any) -> None:
-        signal.signal(number, before)
+        _restore(before)
         stream.stop()
 
-    before = signal.signal(signal.SIGINT, handle)
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        _restore(before)
+
+
+@contextmanager
+def ended_at_once() -> Iterator[None]:
+    """A signal ends the process: nothing is lost, and MindSpore answers an exception while it compiles with pages."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _: Any) -> None:
+        typer.echo("Interrupted.", err=True)
+        os._exit(130)
+
+    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

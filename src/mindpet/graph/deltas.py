@@ -7,6 +7,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 
-from mindpet import _checks, _compat, _files
+from mindpet import _checks, _compat, _files, _near
 from mindpet.delta.blockwise import digest_of
 from mindpet.delta.method import DeltaConfig, too_long
 from mindpet.delta.registry import method_named, method_of
@@ -99,6 +100,11 @@ def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig]
         DeltaFileError: a file is missing or broken.
     """
     path = Path(directory) / "delta.safetensors"
+    if not os.path.isfile(path):
+        inner = Path(directory) / "delta"
+        of_a_run = f"; there is one in {inner}" if os.path.isfile(inner / path.name) else ""
+        hint = of_a_run or ("" if os.path.exists(directory) else _near.beside(Path(directory)))
+        raise DeltaFileError(f"There is no file {path}{hint}.")
     tensors, metadata = _files.read_tensors(path, DeltaFileError)
     try:
         description = _files.parse_json(metadata["delta"])

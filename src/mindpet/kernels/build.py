@@ -135,6 +135,7 @@ def _compile(compiler: list[str], path: Path) -> None:
     failures = []
     try:
         with _files.whole_file(path) as temporary:
+            _log.warning("The CPU kernels are compiled into %s, once; that takes half a minute.", path.parent)
             for flags in _MACHINE_FLAGS:
                 try:
                     _run([*compiler, *_FLAGS, *flags, *map(str, _SOURCES), "-o", str(temporary)])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mindpet import _checks, _files
+from mindpet import _checks, _files, _near
 from mindpet.models import gguf
 from mindpet.models.families import FAMILIES, Family
 from mindpet.models.loading import PretrainedFilesError, read_tensors
@@ -151,8 +151,7 @@ def _kind_of_file(path: Path) -> _Kind:
         with open(path, "rb") as file:
             magic = file.read(4)
     except (OSError, ValueError) as error:
-        beside = sorted(entry.name for entry in path.parent.iterdir())[:8] if os.path.isdir(path.parent) else []
-        hint = f"; beside it: {', '.join(beside)}" if beside else ""
+        hint = "" if os.path.exists(path) else _near.beside(path)
         raise PretrainedFilesError(f"There is no file or directory {path} that can be read{hint}.") from error
     if magic == gguf.MAGIC:
         return _Kind(gguf.gguf_config, gguf.gguf_tensors, gguf.gguf_tokenizer, gguf.gguf_chat_template)

@@ -273,13 +273,16 @@ def _forget_other_method(content: dict[str, Any], overrides: Iterable[str]) -> N
     """An override of ``method.name`` leaves nothing of the file's method: its options are not the new one's."""
     wanted = next((word.partition("=")[2] for word in overrides if word.startswith("method.name=")), None)
     section = content.get("method")
-    if wanted is not None and isinstance(section, dict) and section.get("name", "lora") != wanted:
-        content["method"] = {}
-        others = ", ".join(str(key) for key in section if key != "name")
-        if others:
-            _log.warning(
-                "The file's options of %s are left out for %s: %s", section.get("name", "lora"), wanted, others
-            )
+    if wanted is None or not isinstance(section, dict) or section.get("name", "lora") == wanted:
+        return
+    content["method"] = {}
+    given = {word.partition("=")[0] for word in overrides}
+    others = [str(key) for key in section if key != "name" and f"method.{key}" not in given]
+    if others and wanted in METHOD_NAMES:
+        of = section.get("name", "lora")
+        _log.warning(
+            "The file's options of %s are left out, %s has its own defaults: %s", of, wanted, ", ".join(others)
+        )
 
 
 def _apply_overrides(content: dict[str, Any], overrides: Iterable[str], problems: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import mindspore.dataset as msds
 import numpy as np
 
+from mindpet import _near
 from mindpet._files import is_unicode
 from mindpet._near import near
 from mindpet.delta.r_drop import IGNORED
@@ -80,8 +81,7 @@ def read_records(path: Path, otherwise: str) -> Iterator[tuple[int, Any]]:
     """
     readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
     if not os.path.exists(path):
-        near = sorted(entry.name for entry in path.parent.iterdir())[:8] if os.path.isdir(path.parent) else []
-        raise DataError(f"There is no file or folder {path}" + (f"; beside it: {', '.join(near)}." if near else "."))
+        raise DataError(f"There is no file or folder {path}{_near.beside(path)}.")
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, {otherwise}.")
     return readers[path.suffix.lower()](path)
