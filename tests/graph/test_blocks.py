@@ -16,7 +16,7 @@ from mindpet.train.step import SummedLoss, TrainStep
 from tests.models.causal import build
 
 TRAIN_ALONE = [name for name in METHODS if name not in ("adapter_fusion", "trainable_tokens")]  # no adapters, no tokens
-FEW = ("lora", "ptuning2", "adapter", "adalora", "adaption_prompt")
+FEW = ("lora", "ptuning2", "adapter")
 
 
 def bert():

@@ -27,6 +27,7 @@ def _packs():
 
 pytestmark = pytest.mark.skipif(not _packs(), reason=f"nothing is packed here: {build.why_not() or 'no AVX2'}")
 
+EXHAUSTIVE = (pytest.mark.exhaustive,)
 KINDS = ("Q4_0", "Q4_1", "Q8_0")
 SIZES = {"vocab_size": 600, "hidden_size": 192, "intermediate_size": 256}
 
@@ -117,7 +118,7 @@ def graph_mode():
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [pytest.param(each, marks=EXHAUSTIVE * (each != "Q4_1")) for each in KINDS])
 def test_a_network_says_the_same_and_its_checkpoint_is_as_before(kind):
     plain, fast = from_a_file(kind), mindpet.accelerate(from_a_file(kind))
     names = list(fast.parameters_dict())

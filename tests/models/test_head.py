@@ -117,6 +117,7 @@ def test_a_table_that_trains_later_has_its_gradient():
 
 
 @needs_kernels
+@pytest.mark.exhaustive_in_graph("*-llama, tied", "*-gpt2, untied")
 @pytest.mark.parametrize("family", causal.FAMILIES)
 def test_an_accelerated_network_still_predicts_and_scores(family, mode):
     """Outside of training, and for few rows, the kernel would only be slower."""

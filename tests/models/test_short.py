@@ -158,7 +158,12 @@ def test_no_kernel_takes_more_rows_than_few():
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize(
     ("kind", "rows"),
-    [*(pytest.param(*each, marks=only_where_weights_are_packed) for each in zip(KINDS, (1, 3, FEW))), ("F32", FEW + 1)],
+    [
+        pytest.param("Q4_0", 1, marks=(only_where_weights_are_packed, pytest.mark.exhaustive)),
+        pytest.param("Q4_1", 3, marks=only_where_weights_are_packed),
+        pytest.param("Q8_0", FEW, marks=(only_where_weights_are_packed, pytest.mark.exhaustive)),
+        ("F32", FEW + 1),
+    ],
 )
 def test_a_network_says_the_same(kind, rows):
     plain, fast = network_of(kind, fast=False), network_of(kind)
@@ -306,7 +311,10 @@ def test_what_a_method_or_somebody_changed_goes_the_long_way(change):
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("change", ["lora on one", "adaption prompt", "prefix"])
+@pytest.mark.parametrize(
+    "change",
+    ["lora on one", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in ("adaption prompt", "prefix"))],
+)
 def test_long_and_short_ways_go_together(change):
     np.testing.assert_allclose(logits(with_change(change), 5, 2), logits(with_change(change, False), 5, 2), atol=1e-3)
 
