@@ -110,7 +110,7 @@ docs: $(INSTALLED)  ## build the documentation into site/, strictly
 	$(BIN)/mkdocs build --strict
 
 bench: $(COMPARED) $(MODELS)  ## time steps, generation, injection beside Hugging Face, each method, curves: about an hour
-	$(BIN)/python benchmarks/against_peft.py --rounds 7 --json runs/bench/peft.json --picture runs/bench/peft.png
+	$(BIN)/python benchmarks/against_peft.py --rounds 7 --plain --json runs/bench/peft.json --picture runs/bench/peft.png
 	$(BIN)/python benchmarks/scaling.py --json runs/bench/scaling.json --picture runs/bench/scaling.png
 	$(BIN)/python benchmarks/generation.py --model $(VENV)/smollm2.gguf --json runs/bench/generation.json
 	$(BIN)/python benchmarks/layer.py

@@ -1,10 +1,11 @@
-"""Time tuning steps beside Hugging Face PEFT on the same machine, step by step in turn.
+"""Time tuning steps beside Hugging Face PEFT, and MindSpore's own operators, on the same machine, step by step in turn.
 
-python benchmarks/against_peft.py [--cases bert-lora bert-full] [--rounds 5] [--json peft.json] [--picture peft.png]
+python benchmarks/against_peft.py [--cases bert-lora bert-full] [--rounds 5] [--plain] [--json J] [--picture P]
 
-Each side is a process of its own with all cores, and waits while the other one works: a step here, a step there, so
-that whatever else the machine does hits both alike. Medians, their ratio, the time of the first step (with compilation)
-and the peak of resident memory are printed. Needs torch, transformers and peft.
+Each side is a process of its own with all cores, and waits while another one works: a step here, a step there, so that
+whatever else the machine does hits all alike. Medians with the quartiles around them, their ratio, the time of the
+first step (with compilation) and the peak of resident memory are printed. With --plain there is a third side, the same
+network in graph mode without our kernels. Needs torch, transformers and peft.
 
 Networks have the sizes of BERT-base and SmolLM2-135M and random weights, dropout as their configurations have it, in
 float32.
@@ -173,9 +174,10 @@ def add_adapters(model: Any) -> None:
         layer.output.dense = Adapted(layer.output.dense)
 
 
-def measure(case: str, rounds: int) -> dict[str, Any]:
-    """Both sides of one case, in turn."""
-    sides = {name: Side(__file__, "--work", name, "--cases", case) for name in ("ours", "theirs")}
+def measure(case: str, rounds: int, plain: bool) -> dict[str, Any]:
+    """The sides of one case, in turn."""
+    names = ("ours", "theirs", "plain") if plain else ("ours", "theirs")
+    sides = {name: Side(__file__, "--work", name, "--cases", case) for name in names}
     row: dict[str, Any] = {}
     for name, side in sides.items():
         first = side.step()
@@ -188,12 +190,22 @@ def measure(case: str, rounds: int) -> dict[str, Any]:
             row[name]["peak_mib"] = told["peak_bytes"] / 2**20
     for name, side in sides.items():
         side.end()
-        row[name]["median_ms"] = statistics.median(row[name]["times_ms"])
-    row["ratio"] = statistics.median(
-        mine / yours for mine, yours in zip(row["ours"]["times_ms"], row["theirs"]["times_ms"], strict=True)
-    )
-    row["memory_ratio"] = row["ours"]["peak_mib"] / row["theirs"]["peak_mib"]
+        row[name]["quartiles_ms"] = np.percentile(row[name]["times_ms"], (25, 50, 75)).tolist()
+        row[name]["median_ms"] = row[name]["quartiles_ms"][1]
+    row["ratio"], row["memory_ratio"] = ratios(row["ours"], row["theirs"])
     return row
+
+
+def ratios(mine: dict[str, Any], other: dict[str, Any]) -> tuple[float, float]:
+    """Of the time of a step, round by round, and of the peak memory."""
+    times = (one / two for one, two in zip(mine["times_ms"], other["times_ms"], strict=True))
+    return statistics.median(times), mine["peak_mib"] / other["peak_mib"]
+
+
+def shown(side: dict[str, Any]) -> str:
+    """The median of its steps, and the quartiles."""
+    low, median, high = side["quartiles_ms"]
+    return f"{median:.0f} ms ({low:.0f} to {high:.0f})"
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:
@@ -226,22 +238,29 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--picture", type=Path, default=None)
-    parser.add_argument("--work", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    parser.add_argument("--plain", action="store_true", help="time MindSpore's own operators too")
+    parser.add_argument("--work", choices=("ours", "theirs", "plain"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        answer({"ours": ours, "theirs": theirs}[options.work](*CASES[options.cases[0]]))
+        if options.work == "plain":
+            os.environ["MINDPET_KERNELS"] = "0"
+        answer((theirs if options.work == "theirs" else ours)(*CASES[options.cases[0]]))
         return
     load = load_of_machine()
     rows = {}
     for case in options.cases:
-        rows[case] = row = measure(case, options.rounds)
+        rows[case] = row = measure(case, options.rounds, options.plain)
         mine, yours = row["ours"], row["theirs"]
         print(
-            f"{case}: {mine['median_ms']:.0f} ms, PEFT {yours['median_ms']:.0f} ms, ratio {row['ratio']:.2f}; peak "
+            f"{case}: {shown(mine)}, PEFT {shown(yours)}, ratio {row['ratio']:.2f}; peak "
             f"{mine['peak_mib']:.0f} and {yours['peak_mib']:.0f} MiB, ratio {row['memory_ratio']:.2f}; first step "
             f"{mine['first_step_s']:.1f} and {yours['first_step_s']:.1f} s",
             flush=True,
         )
+        if options.plain:
+            time, memory = ratios(mine, row["plain"])
+            peak = f"{row['plain']['peak_mib']:.0f} MiB, ratio {memory:.2f}"
+            print(f"    without our kernels {shown(row['plain'])}, ratio {time:.2f}; peak {peak}", flush=True)
     if options.picture:
         draw(rows, options.picture)
     if options.json:
