@@ -56,7 +56,8 @@ def main() -> int:
         for position, names in sorted(changes(path.read_text()).items())
     ]
     print(f"{len(places)} places, of which {min(options.sample, len(places))} are tried")
-    in_functions = {str(path.relative_to(HOME)): lines_in_functions(path.read_text()) for path, _, _ in places}
+    files = {path for path, _, _ in places}
+    in_functions = {str(path.relative_to(HOME)): lines_in_functions(path.read_text()) for path in files}
     through: dict[str, set[str]] = defaultdict(set)
     for (module, _), tests in passes.items():
         through[module] |= tests

@@ -58,6 +58,14 @@ def mode(request):
 
 
 @pytest.fixture
+def graph_mode():
+    """For what is of graph mode alone."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    yield
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+
+
+@pytest.fixture
 def back_to_pynative():
     """For what sets the mode by itself, as a run does."""
     yield

@@ -24,7 +24,7 @@ def near(name: Any, known: Iterable[str]) -> str:
 
 def beside(path: Path) -> str:
     """Of a path where nothing is: ``; near it: `` and like names in its folder, else ``; beside it: `` and a few."""
-    if not os.path.isdir(path.parent):
+    if os.path.exists(path) or not os.path.isdir(path.parent):
         return ""
     names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     close = difflib.get_close_matches(path.name, names, n=3, cutoff=0.6)

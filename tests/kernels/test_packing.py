@@ -110,13 +110,6 @@ def products(network):
     return [each for _, each in network.cells_and_names() if isinstance(each, operators.PackedProduct)]
 
 
-@pytest.fixture
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 @pytest.mark.usefixtures("graph_mode")
 @pytest.mark.parametrize("kind", [pytest.param(each, marks=EXHAUSTIVE * (each != "Q4_1")) for each in KINDS])
 def test_a_network_says_the_same_and_its_checkpoint_is_as_before(kind):

@@ -41,13 +41,6 @@ def halves(network):
     return [tuple(part is not None for part in layer.shortened()) for layer in network.model.layers]
 
 
-@pytest.fixture
-def graph_mode():
-    ms.set_context(mode=ms.GRAPH_MODE)
-    yield
-    ms.set_context(mode=ms.PYNATIVE_MODE)
-
-
 def as_inputs(weight):
     found = packed(weight)
     return (found.codes, found.factors) if found is not None else (Tensor(weight), Tensor(weight))

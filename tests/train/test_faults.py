@@ -96,11 +96,14 @@ def test_kills_at_random_moments_cost_nothing(words, whole, tmp_path, kills):
 
 
 def small_disk(directory, size):
-    """Words that run a command with a file system of that many KiB at `directory`, or None where that is forbidden."""
+    """Words that run a command with a file system of that many KiB at `directory`, which is made; or skip the test."""
+    directory.mkdir()
     command = ["unshare", "-m", *([] if os.geteuid() == 0 else ["-r"]), "sh", "-c"]
     mount = f"mount -t tmpfs -o size={size}k none {directory} && "
     tried = subprocess.run([*command, f"{mount} true"], capture_output=True) if shutil.which("unshare") else None
-    return (command, mount) if tried is not None and tried.returncode == 0 else None
+    if tried is None or tried.returncode:
+        pytest.skip("no file system can be mounted here")
+    return command, mount
 
 
 @pytest.mark.slow
@@ -108,11 +111,7 @@ def small_disk(directory, size):
 def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_path, frees):
     """Whatever is the file that does not fit any more."""
     directory = tmp_path / "disk"
-    directory.mkdir()
-    disk = small_disk(directory, 4096)
-    if disk is None:
-        pytest.skip("no file system can be mounted here")
-    command, mount = disk
+    command, mount = small_disk(directory, 4096)
     script = tmp_path / "fill.py"
     script.write_text(
         "import os, subprocess, sys\n"
@@ -151,11 +150,7 @@ def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_
 @pytest.mark.exhaustive
 def test_a_full_disk_is_said_where_a_process_cannot_say_it(words, tmp_path):
     directory = tmp_path / "disk"
-    directory.mkdir()
-    disk = small_disk(directory, 4096)
-    if disk is None:
-        pytest.skip("no file system can be mounted here")
-    command, mount = disk
+    command, mount = small_disk(directory, 4096)
     begun = f"grep -qs step {directory}/run/parallel/events.jsonl"
     fill = f"(until {begun}; do sleep 0.1; done; cat /dev/zero > {directory}/all) & "
     more = f"output.directory={directory}/run", "parallel.processes=2", "train.epochs=40"

@@ -57,27 +57,26 @@ class Screen(Reporter):
             )
             self.progress.start()
             self.task = self.progress.add_task("training", total=total, completed=done, figures="compiling")
-        self.done_before = done
         self.since: tuple[float, int] | None = None
 
     def step(self, record: dict[str, Any]) -> None:
         """Move the bar, or print a line every few seconds."""
         rate, speed, tokens = record["learning_rate"], record["samples_per_second"], record["tokens_per_second"]
         figures = f"loss {record['loss']:.3f}  rate {rate:.1e}  {speed:.3g} samples/s  {tokens:.0f} tokens/s"
-        now, steps = time.monotonic(), record["step"] - self.done_before
+        now, step = time.monotonic(), record["step"]
         if self.since is None:  # what is left is estimated without the first step, which was compiled
-            self.since = now, steps
+            self.since = now, step
             if self.progress:
-                self.progress.reset(self.task, completed=record["step"])
+                self.progress.reset(self.task, completed=step)
         if self.progress:
-            self.progress.update(self.task, completed=record["step"], figures=figures)
-        elif now - self.last_line >= _LINE_EVERY or record["step"] == self.total:
+            self.progress.update(self.task, completed=step, figures=figures)
+        elif now - self.last_line >= _LINE_EVERY or step == self.total:
             self.last_line = now
             begun, before = self.since
             left = ""
-            if steps > before:
-                left = f"  {(now - begun) / (steps - before) * (self.total - record['step']):.0f} s left"
-            self.console.print(f"step {record['step']}/{self.total}  {figures}{left}", soft_wrap=True)
+            if step > before:
+                left = f"  {(now - begun) / (step - before) * (self.total - step):.0f} s left"
+            self.console.print(f"step {step}/{self.total}  {figures}{left}", soft_wrap=True)
 
     def evaluation(self, record: dict[str, Any], best: bool) -> None:
         """A line for each evaluation."""

@@ -2,18 +2,15 @@
 
 import json
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import typer
 
 from mindpet.models.generation import Generation, TextStream
+from mindpet.train.processes import on_signals, restore
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # a graph of MindSpore's makes a SIGTERM of a SIGINT
 _WHY = {
     "end": "it ended by itself",
     "stop": "a stop text came",
@@ -45,41 +42,19 @@ def print_stream(stream: TextStream, as_json: bool, about: dict[str, Any]) -> Ge
     return result
 
 
-@contextmanager
-def _stopped_by_signal(stream: TextStream) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def handle(number: int, _: Any) -> None:
-        _restore(before)
+def _stopped_by_signal(stream: TextStream) -> AbstractContextManager[None]:
+    def handle(number: int, before: dict[int, Any]) -> None:
+        restore(before)
         stream.stop()
 
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        _restore(before)
+    return on_signals(handle)
 
 
-@contextmanager
-def ended_at_once() -> Iterator[None]:
+def ended_at_once() -> AbstractContextManager[None]:
     """A signal ends the process: nothing is lost, and MindSpore answers an exception while it compiles with pages."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number: int, before: dict[int, Any]) -> None:
         typer.echo("Interrupted.", err=True)
         os._exit(130)
 
-    before: dict[signal.Signals, Any] = {number: signal.signal(number, handle) for number in _SIGNALS}
-    try:
-        yield
-    finally:
-        _restore(before)
-
-
-def _restore(handlers: dict[signal.Signals, Any]) -> None:
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    return on_signals(handle)

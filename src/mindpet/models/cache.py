@@ -149,9 +149,9 @@ def advance(network: "CausalLanguageModel", input_ids: Any, attention_mask: Any,
     step = network.step_cell()
     if step.training != network.training:  # it is around the network, which knows nothing of it
         step.set_train(network.training)
+    few = size * cache.batch <= FEW
     for start in range(0, ids.shape[1], size):
         piece = (Tensor(np.ascontiguousarray(part[:, start : start + size])) for part in (ids, positions))
-        few = size * cache.batch <= FEW
         with (
             first_call(step, (size, *map(id, cache.buffers))) as compiles,
             packed_in_use(network) if compiles and few else nullcontext(),

@@ -151,7 +151,7 @@ def _kind_of_file(path: Path) -> _Kind:
         with open(path, "rb") as file:
             magic = file.read(4)
     except (OSError, ValueError) as error:
-        hint = "" if os.path.exists(path) else _near.beside(path)
+        hint = _near.beside(path)
         raise PretrainedFilesError(f"There is no file or directory {path} that can be read{hint}.") from error
     if magic == gguf.MAGIC:
         return _Kind(gguf.gguf_config, gguf.gguf_tensors, gguf.gguf_tokenizer, gguf.gguf_chat_template)

@@ -14,9 +14,8 @@ from typing import Any
 import mindspore.dataset as msds
 import numpy as np
 
-from mindpet import _near
 from mindpet._files import is_unicode
-from mindpet._near import near
+from mindpet._near import beside, near
 from mindpet.delta.r_drop import IGNORED
 from mindpet.parallel.group import ALONE, Group
 
@@ -81,7 +80,7 @@ def read_records(path: Path, otherwise: str) -> Iterator[tuple[int, Any]]:
     """
     readers = {".jsonl": _json_lines, ".csv": _table, ".tsv": _table}
     if not os.path.exists(path):
-        raise DataError(f"There is no file or folder {path}{_near.beside(path)}.")
+        raise DataError(f"There is no file or folder {path}{beside(path)}.")
     if path.suffix.lower() not in readers:
         raise DataError(f"{path} has none of the known endings: {', '.join(readers)}, {otherwise}.")
     return readers[path.suffix.lower()](path)

@@ -6,10 +6,9 @@ import math
 import os
 import shlex
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +27,7 @@ from mindpet.train.config import TrainSection
 from mindpet.train.data import Encoded
 from mindpet.train.dropout import DropoutKeys
 from mindpet.train.metrics import LanguageScores, Scorer, Scores
+from mindpet.train.processes import on_signals
 from mindpet.train.step import AccumulateStep, AppliedStep, SummedLoss, TrainStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -404,21 +404,12 @@ def _log(log: Any, record: dict[str, Any]) -> None:
     log.flush()
 
 
-@contextmanager
-def _stop_on_signals(fit: Fit) -> Iterator[None]:
+def _stop_on_signals(fit: Fit) -> AbstractContextManager[None]:
     """The first SIGINT or SIGTERM ends the run after its present step; the second ends it at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
 
-    def handle(number: int, _: Any) -> None:
-        signal.signal(number, previous[signal.Signals(number)])
+    def handle(number: int, before: dict[int, Any]) -> None:
+        signal.signal(number, before[number])
         fit.stop(signal.Signals(number).name)
         fit.reporter.message("Finishing the present step, then saving...")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, old in previous.items():
-            signal.signal(number, old)
+    return on_signals(handle)

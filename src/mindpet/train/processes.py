@@ -6,9 +6,10 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 LOCK = ".lock"
 
@@ -33,19 +34,35 @@ def free_port() -> int:
 
 
 @contextmanager
+def on_signals(handle: Callable[[int, dict[int, Any]], object]) -> Iterator[None]:
+    """Within it SIGINT and SIGTERM call ``handle(number, before)``, with the handlers that there were before.
+
+    Both, since a graph of MindSpore's makes a SIGTERM of a SIGINT. In another thread than the main one nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: dict[int, Any] = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before[number] = signal.signal(number, lambda number, _: handle(number, before))
+    try:
+        yield
+    finally:
+        restore(before)
+
+
+def restore(handlers: dict[int, Any]) -> None:
+    """Put these handlers of signals back."""
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@contextmanager
 def wishes_to_stop() -> Iterator[list[int]]:
     """SIGINT and SIGTERM as they come, in a list: an exception could come when a process has begun but has no name."""
     wishes: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
+    with on_signals(lambda number, _: wishes.append(number)):
         yield wishes
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    previous = [signal.signal(number, lambda number, _: wishes.append(number)) for number in numbers]
-    try:
-        yield wishes
-    finally:
-        for number, handler in zip(numbers, previous):
-            signal.signal(number, handler)
 
 
 def lock_of(directory: Path, name: str = LOCK) -> int | None:
