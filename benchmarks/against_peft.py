@@ -209,24 +209,29 @@ def shown(side: dict[str, Any]) -> str:
 
 
 def draw(rows: dict[str, Any], path: Path) -> None:
-    """Bars of time and memory, ours as a share of PEFT's."""
+    """Bars of time and of memory as a share of PEFT's: ours, and MindSpore's own operators where they were timed."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 0.6 * len(rows) + 1.4), layout="constrained")
-    places = np.arange(len(rows))
-    for shift, key, name in ((-0.2, "ratio", "time of a step"), (0.2, "memory_ratio", "peak memory")):
-        values = [row[key] for row in rows.values()]
-        bars = axes.barh(places + shift, values, 0.38, label=name)
-        axes.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-    axes.axvline(1.0, color="black", linewidth=1)
-    axes.set_yticks(places, list(rows))
-    axes.invert_yaxis()
-    axes.set_xlabel("mindpet as a share of torch with PEFT; less is better")
-    axes.margins(x=0.12)
-    axes.legend()
+    names = {"ours": "mindpet", "plain": "MindSpore's own operators"}
+    sides = [side for side in names if all(side in row for row in rows.values())]
+    places, height = np.arange(len(rows)), 0.8 / len(sides)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 0.6 * len(rows) + 1.4), sharey=True, layout="constrained")
+    for which, (axis, title) in enumerate(zip(axes, ("time of a step", "peak memory"), strict=True)):
+        for index, side in enumerate(sides):
+            values = [ratios(row[side], row["theirs"])[which] for row in rows.values()]
+            shift = (index - (len(sides) - 1) / 2) * height
+            bars = axis.barh(places + shift, values, height, label=names[side])
+            axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
+        axis.axvline(1.0, color="black", linewidth=1)
+        axis.set_title(title)
+        axis.margins(x=0.14)
+    axes[0].set_yticks(places, list(rows))
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(sides))
+    figure.supxlabel("as a share of torch with PEFT, the line at 1; less is better")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=120)
 
