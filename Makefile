@@ -70,7 +70,7 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 	@echo "Look at the picture: runs/quickstart/curve.png"
 
 test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not exhaustive' $(ARGS)
 
 exhaustive: $(FETCHED) $(MODELS)  ## run the tests of every combination that `make test` tries a few of: half an hour
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
@@ -81,7 +81,7 @@ fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [
 
 coverage: $(FETCHED) $(MODELS)  ## run the tests, and say which lines and branches of src none went through; an hour
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
 
 mutation: $(FETCHED) $(MODELS)  ## change the code in 240 places and see whether a test notices, two hours at most
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'

@@ -222,7 +222,7 @@ def test_the_quoted_messages_of_the_command_line_are_those_that_are_printed(tmp_
         said = " ".join(result.output.replace(f"{tmp_path}/", "").split())
         assert any(quoted in said for quoted in QUOTED), said
 
-    told("finetune", "data.label=topic", code=1)
+    told("finetune", "data.label=topic", code=2)
     told("finetune", "data.prompt=x", "data.packing=false", code=2)
     told("finetune", "model.path=language", "data.train=text.txt", "data.holdout=10", "train.r_drop_alpha=1", code=3)
     assert CliRunner().invoke(app, ["finetune", "run.yaml", *short]).exit_code == 0

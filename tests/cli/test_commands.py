@@ -110,14 +110,14 @@ def test_config_validate_checks_model_and_data(tuned, tmp_path):
     assert "data.max_length is 128, but the model" in output
     missing = tmp_path / "none.jsonl"
     code, output = invoke("config", "validate", run_file, "data.max_length=16", f"data.train={missing}")
-    assert code == 1
+    assert code == 2
     assert "There is no file or folder" in output
 
 
 def test_config_init_does_not_overwrite(tuned):
     _, run_file, _ = tuned
     code, output = invoke("config", "init", run_file)
-    assert code == 1
+    assert code == 2
     assert "is there already" in output
 
 
@@ -127,12 +127,12 @@ def test_config_init_does_not_overwrite(tuned):
         (["finetune", "none.yaml"], 2, "There is no run file none.yaml"),
         (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
         (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora"),
-        (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 1, "nowhere that can be read"),
+        (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 2, "nowhere that can be read"),
         (["finetune", "RUN", "--resume"], 1, "is finished"),
         (["finetune", "RUN"], 2, "--overwrite"),
         (["evaluate", "."], 2, "is not the directory of a run"),
         (["infer", ".", "text"], 2, "is not the directory of a run"),
-        (["infer", ".", "--file", "none.txt"], 1, "There is no file none.txt"),
+        (["infer", ".", "--file", "none.txt"], 2, "There is no file none.txt"),
         (["finetune"], 2, "Missing argument"),
         (["fintune"], 2, "No such command"),
     ],

@@ -22,7 +22,6 @@ from mindpet.train.fit import read_metrics
 from mindpet.train.summary import summarise
 from tests.tiny import sentences, stories, write_language_model, write_model, write_rows
 
-pytestmark = pytest.mark.xdist_group("compare")  # the runs of one module share a fixture
 METHODS = ("lora", "full")
 SEEDS = (0, 1)
 
@@ -137,20 +136,19 @@ def test_a_score_is_of_the_last_step_on_the_same_rows_for_all(finished):
 
 @pytest.mark.slow
 def test_a_comparison_that_was_killed_ends_as_if_it_had_not_been(finished, tmp_path):
-    other = project(tmp_path)
-    process = other.start()
+    other, cells = project(tmp_path), ("--only", "lora:0", "--only", "full:0")
+    process = other.start(*cells)
     other.wait_for_steps(process, "full/seed-0", 5)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     kept = other.times()
     assert list(kept) == ["lora/seed-0"]
-    output = other.run()
+    output = other.run(*cells)
     assert "lora, seed 0: is finished already" in output
     assert "full, seed 0: going on from its last save" in output
     assert other.times()["lora/seed-0"] == kept["lora/seed-0"]
     for method in METHODS:
-        for seed in SEEDS:
-            assert other.report(method, seed)["after"] == pytest.approx(finished.report(method, seed)["after"])
+        assert other.report(method, 0)["after"] == pytest.approx(finished.report(method, 0)["after"])
 
 
 @pytest.mark.slow
@@ -374,7 +372,7 @@ def test_options_of_a_run_file_count_however_its_method_is_written(tmp_path, wri
 def test_a_summary_refuses_a_config_json_that_is_none(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
     result = CliRunner().invoke(app, ["summary", str(tmp_path)])
-    assert result.exit_code in (1, 2)
+    assert result.exit_code == 2
     assert "config.json must be an object" in result.output or "'model_type' must be one of bert" in result.output
 
 
@@ -390,7 +388,7 @@ def test_a_summary_refuses_a_config_json_that_is_none(tmp_path, content):
 )
 def test_a_summary_says_what_is_wrong(words, says):
     result = CliRunner().invoke(app, ["summary", *words])
-    assert result.exit_code in (1, 2)
+    assert result.exit_code == 2
     assert says in result.output
 
 

@@ -461,7 +461,9 @@ def test_loftq_of_a_rank_above_the_weight():
 # ---- a run
 
 
-@pytest.mark.parametrize("more", [[], ["method.bits=int8", "method.loftq_iterations=1"]])
+@pytest.mark.parametrize(
+    "more", [pytest.param([], marks=pytest.mark.exhaustive), ["method.bits=int8", "method.loftq_iterations=1"]]
+)
 def test_a_run_from_the_command_line_on(tmp_path, more):
     from mindpet.train import run
     from mindpet.train.config import load_run

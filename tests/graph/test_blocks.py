@@ -13,10 +13,11 @@ from mindpet.models import BertConfig, BertForSequenceClassification, generate
 from mindpet.train.compiled import compile_once
 from mindpet.train.dropout import DropoutKeys
 from mindpet.train.step import SummedLoss, TrainStep
+from tests.few import mostly_exhaustive
 from tests.models.causal import build
 
 TRAIN_ALONE = [name for name in METHODS if name not in ("adapter_fusion", "trainable_tokens")]  # no adapters, no tokens
-FEW = ("lora", "ptuning2", "adapter")
+FEW = ("lora", "ptuning2")
 
 
 def bert():
@@ -31,16 +32,21 @@ def step_of(network):
     return TrainStep(mindpet.accelerate(SummedLoss(network)), optimizer, 1.0), keys
 
 
-def tuned(method, as_one, monkeypatch, change=lambda network: None):
-    """Losses of three steps and what was trained, and how many blocks were compiled as one."""
-    counts = []
-    found = blocks.equal_blocks
-    monkeypatch.setattr(blocks, "equal_blocks", lambda cell: found(cell) if as_one else [])
+def network_of(method, change):
     ms.set_seed(1)
     network = bert()
     if method != "full":
         mindpet.inject(network, METHODS[method].config(modules_to_save=("classifier",)))
     change(network)
+    return network
+
+
+def tuned(method, as_one, monkeypatch, change=lambda network: None):
+    """Losses of three steps and what was trained, and how many blocks were compiled as one."""
+    counts = []
+    found = blocks.equal_blocks
+    monkeypatch.setattr(blocks, "equal_blocks", lambda cell: found(cell) if as_one else [])
+    network = network_of(method, change)
     step, keys = step_of(network)
     ids = Tensor(np.random.default_rng(2).integers(1, 31, (4, 9)).astype(np.int32))
     columns = ids, ms.ops.ones_like(ids), ms.ops.zeros_like(ids), Tensor([0, 1, 2, 0], ms.int32)
@@ -52,6 +58,12 @@ def tuned(method, as_one, monkeypatch, change=lambda network: None):
         losses.append(float(step(*columns)[0]))
     monkeypatch.undo()
     return losses, {each.name: each.asnumpy() for each in network.trainable_params()}, counts
+
+
+def groups_of(method, change):
+    """How many blocks there are in each group, of a step that is not compiled."""
+    ms.set_context(mode=ms.GRAPH_MODE)
+    return [len(group) for group in blocks.equal_blocks(step_of(network_of(method, change))[0])]
 
 
 def same(method, monkeypatch, change=lambda network: None):
@@ -67,10 +79,7 @@ def same(method, monkeypatch, change=lambda network: None):
     return counts
 
 
-@pytest.mark.parametrize(
-    "method",
-    [pytest.param(each, marks=() if each in FEW else pytest.mark.exhaustive) for each in ["full", *TRAIN_ALONE]],
-)
+@pytest.mark.parametrize("method", mostly_exhaustive(["full", *TRAIN_ALONE], *FEW))
 def test_the_results_are_those_of_blocks_by_themselves(method, monkeypatch, back_to_pynative):
     counts = same(method, monkeypatch)
     assert 4 in counts or method not in FEW
@@ -96,28 +105,9 @@ def other_epsilon(network):
     network.bert.encoder.layer[2].output.LayerNorm.epsilon = 0.1
 
 
-@pytest.mark.parametrize(
-    ("change", "groups"),
-    [
-        (lora_on(1, 3), [2, 2]),
-        (lora_on(1), [3]),
-        (another_rate, [3]),
-        (frozen, [3]),
-        (watched, [3]),
-        (other_epsilon, [3]),
-    ],
-)
-def test_a_block_that_differs_is_compiled_by_itself(change, groups, monkeypatch, back_to_pynative):
-    assert same("full", monkeypatch, change) == groups
-
-
-def test_scales_that_differ_are_told_apart(monkeypatch, back_to_pynative):
-    def alphas(network):
-        for layer, alpha in enumerate((4, 4, 8, 8)):
-            config = mindpet.LoRAConfig(alpha=alpha, targets=[f"*.layer.{layer}.*query"])
-            mindpet.inject(network, config)
-
-    assert same("full", monkeypatch, alphas) == [2, 2]
+def alphas(network):
+    for layer, alpha in enumerate((4, 4, 8, 8)):
+        mindpet.inject(network, mindpet.LoRAConfig(alpha=alpha, targets=[f"*.layer.{layer}.*query"]))
 
 
 def transposed(network):
@@ -129,15 +119,37 @@ def cast(network):
     network.bert.encoder.layer[2].output.dropout.to_float(ms.float16)
 
 
-@pytest.mark.parametrize("change", [transposed, cast])
-def test_what_was_changed_after_it_was_made_is_seen(change, monkeypatch, back_to_pynative):
-    def without_dropout(network):
+def without_dropout(change):
+    def changed(network):
         for _, cell in network.cells_and_names():
             if type(cell) is nn.Dropout:
                 cell.p = 0.0
         change(network)
 
-    assert same("full", monkeypatch, without_dropout) == [3]
+    return changed
+
+
+DIFFERENT = {
+    "LoRA on two": (lora_on(1, 3), [2, 2]),
+    "LoRA on one": (lora_on(1), [3]),
+    "another rate": (another_rate, [3]),
+    "frozen": (frozen, [3]),
+    "watched": (watched, [3]),
+    "another epsilon": (other_epsilon, [3]),
+    "scales": (alphas, [2, 2]),
+    "transposed": (without_dropout(transposed), [3]),
+    "cast": (without_dropout(cast), [3]),
+}
+
+
+@pytest.mark.parametrize("change", DIFFERENT)
+def test_a_block_that_differs_is_told_apart(change, back_to_pynative):
+    assert groups_of("full", DIFFERENT[change][0]) == DIFFERENT[change][1]
+
+
+@pytest.mark.parametrize("change", mostly_exhaustive(DIFFERENT, "LoRA on two"))
+def test_the_results_are_those_of_blocks_by_themselves_where_one_differs(change, monkeypatch, back_to_pynative):
+    assert same("full", monkeypatch, DIFFERENT[change][0]) == DIFFERENT[change][1]
 
 
 class Times(nn.Cell):

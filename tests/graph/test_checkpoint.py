@@ -302,7 +302,10 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, file_format):
 
 @pytest.mark.parametrize(
     ("file_format", "async_save"),
-    [("ckpt", "no"), ("safetensors", "no"), ("ckpt", "thread"), ("safetensors", "process")],
+    [
+        *(pytest.param(*each, marks=pytest.mark.exhaustive) for each in (("ckpt", "no"), ("safetensors", "no"))),
+        *(("ckpt", "thread"), ("safetensors", "process")),
+    ],
 )
 def test_a_kill_in_the_middle_leaves_a_whole_checkpoint(tmp_path, file_format, async_save):
     script = Path(__file__).with_name("saves_forever.py")

@@ -17,6 +17,7 @@ from mindpet.graph import eject, freeze_delta, merge
 from mindpet.graph.inject import injections
 from mindpet.interop import PeftFormatError, load_peft, save_peft
 from mindpet.models import BertForSequenceClassification, GPT2LMHeadModel, LlamaForCausalLM
+from tests.few import mostly_exhaustive
 from tests.oracles import difference
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "peft"
@@ -70,10 +71,12 @@ def edited(tmp_path):
     return edit
 
 
+ALWAYS = ("query_value", "embeddings", "dora", "oft", "multitask_prompt_tuning")
+
+
 def in_both_modes(cases):
     """Of the cases, in graph mode a few by default: the contract tests compile every method."""
-    always = ("query_value", "embeddings", "dora", "oft", "multitask_prompt_tuning")
-    compiled = [pytest.param("graph", one, marks=() if one in always else pytest.mark.exhaustive) for one in cases]
+    compiled = [pytest.param("graph", one, marks=() if one in ALWAYS else pytest.mark.exhaustive) for one in cases]
     plain = [("pynative", one) for one in cases]
     return pytest.mark.parametrize(("mode", "case"), [*plain, *compiled], indirect=["mode"])
 
@@ -116,7 +119,7 @@ def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, 
     assert {name: error for name, error in found.items() if not error <= 1e-5} == {}
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", mostly_exhaustive(CASES, *ALWAYS))
 def test_eject_takes_out_what_was_read(case):
     cell = load_peft(network(case), GOLDEN / case)
     assert np.abs(logits(cell) - BASES[base_of(case)]["logits"]).max() > 0.1

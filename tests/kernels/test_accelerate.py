@@ -132,6 +132,7 @@ WIDE = {
 }
 
 
+@pytest.mark.exhaustive_in_graph("*-before-True", "*-LoRA-*")
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("order", ["before", "after"])
 @pytest.mark.parametrize("way", WIDE)

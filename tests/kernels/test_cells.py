@@ -76,6 +76,7 @@ def test_float32_of_known_shapes_goes_to_the_kernel(name, mode, rng):
     assert (slope.asnumpy() == 0.0).all()
 
 
+@pytest.mark.exhaustive_in_graph("graph-dtype0-*")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("dtype", [ms.float16, ms.float64])
 def test_other_dtypes_go_to_mindspore(name, dtype, mode, rng):
@@ -96,6 +97,7 @@ def test_forced_to_float16_afterwards(name, mode, rng):
     np.testing.assert_allclose(found.asnumpy(), right.asnumpy(), atol=5e-3)
 
 
+@pytest.mark.exhaustive_in_graph("graph-False-*", "graph-True-layer_norm")
 @pytest.mark.parametrize("name", CELLS)
 @pytest.mark.parametrize("rank_known", [True, False])
 def test_shapes_that_a_graph_does_not_know_go_to_mindspore(name, rank_known, mode, rng):

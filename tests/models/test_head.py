@@ -78,7 +78,13 @@ def test_losses_of_a_network_in_float16_are_float32(mode):
 
 @needs_kernels
 @pytest.mark.parametrize(
-    ("family", "method"), [*(("llama, tied", method) for method in METHODS), ("gpt2", "lora"), ("gpt2", "tokens")]
+    ("family", "method"),
+    [
+        *(("llama, tied", method) for method in ("lora", "tokens", "prefix")),
+        ("gpt2", "lora"),
+        *(pytest.param("llama, tied", each, marks=pytest.mark.exhaustive) for each in ("embedding", "prompts", "full")),
+        pytest.param("gpt2", "tokens", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_kernels_lose_the_same_and_what_trains_learns_the_same(family, method):
     ms.set_context(mode=ms.GRAPH_MODE)
@@ -117,7 +123,7 @@ def test_a_table_that_trains_later_has_its_gradient():
 
 
 @needs_kernels
-@pytest.mark.exhaustive_in_graph("*-llama, tied", "*-gpt2, untied")
+@pytest.mark.exhaustive_in_graph("*-llama, tied")
 @pytest.mark.parametrize("family", causal.FAMILIES)
 def test_an_accelerated_network_still_predicts_and_scores(family, mode):
     """Outside of training, and for few rows, the kernel would only be slower."""

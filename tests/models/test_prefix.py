@@ -74,6 +74,7 @@ def test_out_of_its_slot_a_prefix_changes_nothing(mode, kind, config):
     assert np.abs(outputs(network, ids) - before).max() > 1e-5
 
 
+@pytest.mark.exhaustive_in_graph("*projection=True*")
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_every_parameter_of_a_prefix_gets_a_gradient(mode, config):
     network, ids = inject(bert(), config), Tensor(tokens(2, 5))

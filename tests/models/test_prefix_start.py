@@ -17,6 +17,7 @@ CONFIGS = [
 ]
 
 
+@pytest.mark.exhaustive_in_graph("*-llama-*projection=True*", "*-gpt2-PrefixConfig*projection=False*")
 @pytest.mark.parametrize("config", CONFIGS, ids=repr)
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_network_goes_on_as_after_the_tokens(mode, family, config):

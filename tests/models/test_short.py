@@ -155,7 +155,7 @@ def test_no_kernel_takes_more_rows_than_few():
         pytest.param("Q4_0", 1, marks=(only_where_weights_are_packed, pytest.mark.exhaustive)),
         pytest.param("Q4_1", 3, marks=only_where_weights_are_packed),
         pytest.param("Q8_0", FEW, marks=(only_where_weights_are_packed, pytest.mark.exhaustive)),
-        ("F32", FEW + 1),
+        pytest.param("F32", FEW + 1, marks=pytest.mark.exhaustive),
     ],
 )
 def test_a_network_says_the_same(kind, rows):
@@ -186,7 +186,7 @@ class Nothing(nn.Cell):
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+@pytest.mark.parametrize("rows", [FEW, pytest.param(FEW + 1, marks=pytest.mark.exhaustive)])
 def test_a_token_goes_the_short_way_and_a_prompt_does_not(monkeypatch, rows):
     right = logits(network_of(), 3, rows)
     np.testing.assert_allclose(right, logits(network_of(fast=False), 3, rows), atol=1e-3)
@@ -218,16 +218,17 @@ def doubled(self, rows):
     return 2 * self.down_proj(self.act(self.gate_proj(rows), self.up_proj(rows)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("graph_mode")
 def test_a_method_of_ones_own_holds_for_a_token_too():
     plain, fast = network_of(fast=False), network_of()
     for network in (plain, fast):
-        mlp = network.model.layers[0].mlp
-        mlp.construct = MethodType(doubled, mlp)
+        own(network.model.layers[0].mlp, doubled)
     np.testing.assert_allclose(logits(fast, 6), logits(plain, 6), atol=1e-3)
     assert halves(fast) == [(True, False), (True, True)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("graph_mode")
 def test_a_token_has_the_constants_of_the_kernels_that_a_prompt_has():
     fast = network_of()
@@ -238,6 +239,7 @@ def test_a_token_has_the_constants_of_the_kernels_that_a_prompt_has():
     np.testing.assert_allclose(logits(fast, 6), usual, atol=1e-5)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("graph_mode")
 def test_two_caches_take_turns():
     networks = [network_of(fast=False), network_of()]
@@ -272,6 +274,10 @@ def test_what_was_written_is_there_for_whoever_reads_it():
         np.testing.assert_allclose(both[1], both[0], atol=1e-3)
 
 
+def own(cell, construct):
+    cell.construct = MethodType(construct, cell)
+
+
 CHANGES = {
     "lora on queries": (lambda it: inject(it, LoRAConfig(rank=2, targets=["*.q_proj"])), (False, True)),
     "lora on one": (lambda it: inject(it, LoRAConfig(rank=2, targets=["*.0.*.q_proj"])), None),
@@ -283,6 +289,7 @@ CHANGES = {
         lambda it: [each.mlp.register_forward_hook(lambda *seen: None) for each in it.model.layers],
         (True, False),
     ),
+    "a method": (lambda it: [own(each.mlp, doubled) for each in it.model.layers], (True, False)),
     "to_float": (lambda it: [each.self_attn.to_float(ms.float32) for each in it.model.layers], (False, True)),
 }
 
@@ -312,6 +319,7 @@ def test_long_and_short_ways_go_together(change):
     np.testing.assert_allclose(logits(with_change(change), 5, 2), logits(with_change(change, False), 5, 2), atol=1e-3)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("graph_mode")
 def test_a_layer_of_somebody_elses_goes_the_long_way():
     class Doubled(LlamaMLP):

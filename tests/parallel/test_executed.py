@@ -14,7 +14,7 @@ from tests.parallel.exported import Step, export, run_processes, sliced
 from tests.parallel.layers import PLAIN, output_parts
 from tests.parallel.worker import STEPS
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("processes")]
+pytestmark = pytest.mark.slow
 
 IN, OUT, ROWS = 12, 16, 8
 KINDS = {

@@ -30,6 +30,7 @@ from mindpet.train.fit import (
     read_metrics,
 )
 from mindpet.train.prepare import prepare
+from tests.few import mostly_exhaustive
 from tests.tiny import overrides, sentences, write_model, write_rows
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,10 +58,10 @@ def losses(directory):
     return [record["loss"] for record in read_metrics(directory / "metrics.jsonl") if "loss" in record]
 
 
-@pytest.mark.exhaustive_in_graph("lora-graph-0")
+@pytest.mark.exhaustive_in_graph("lora-graph-0")  # the documented examples train each method in both modes
 @pytest.mark.parametrize("alpha", [0, pytest.param(4, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("train_mode", ["graph", "pynative"])
-@pytest.mark.parametrize("method", [*DOCUMENTED, "full"])
+@pytest.mark.parametrize("method", mostly_exhaustive([*DOCUMENTED, "full"], "lora", "ptuning2", "full"))
 @pytest.mark.usefixtures("back_to_pynative")
 def test_every_method_learns(inputs, tmp_path, method, train_mode, alpha):
     small = {
@@ -109,7 +110,9 @@ def test_accumulation_equals_one_large_batch(inputs, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "small"), losses(tmp_path / "large"), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("optimizer", "rate"), [("adam", 0.02), ("adamw", 0.02), ("sgd", 0.3)])
+@pytest.mark.parametrize(
+    ("optimizer", "rate"), [pytest.param("adam", 0.02, marks=pytest.mark.exhaustive), ("adamw", 0.02), ("sgd", 0.3)]
+)
 @pytest.mark.usefixtures("back_to_pynative")
 def test_every_optimizer_learns_with_weight_decay(inputs, tmp_path, optimizer, rate):
     more = (f"train.optimizer={optimizer}", "train.weight_decay=0.1", "train.max_steps=16", "train.mode=pynative")

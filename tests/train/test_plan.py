@@ -274,7 +274,7 @@ def test_the_command_answers_without_mindspore():
 
 def test_the_command_says_everything_that_is_wrong_at_once():
     done = CliRunner().invoke(app, ["plan", "--preset", "glm-6b", "--devices", "7", "--batch", "9", "--memory", "32gb"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert "did you mean 'GB'" in done.output
     assert "did you mean 'glm2-6b'" in done.output
     assert "batch=9 cannot be cut into data_parallel=7 equal parts" in done.output

@@ -16,6 +16,7 @@ from mindpet.train.counters import ALIASES, COUNTERS
 from mindpet.train.presets import PRESETS, network_sizes, preset
 from mindpet.train.summary import summarise
 from mindpet.train.summary_table import summary_table
+from tests.few import mostly_exhaustive
 
 TINY = {
     "bert": {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -120,8 +121,8 @@ def assert_same(content, method, options, labels=2):
     return found
 
 
-FAMILY_CASES = [  # of BERT all, of each other family every third, and the rest where time is no matter
-    pytest.param(name, *case, marks=[] if name == "bert" or index % 3 == place else pytest.mark.exhaustive)
+FAMILY_CASES = [  # each of one family, and the rest where time is no matter
+    pytest.param(name, *case, marks=[] if index % len(TINY) == place else pytest.mark.exhaustive)
     for place, name in enumerate(TINY)
     for index, case in enumerate(CASES)
 ]
@@ -162,7 +163,7 @@ def test_cells_trained_whole_count_once():
     assert found.delta == found.added + 16 * 16 + 16
 
 
-@pytest.mark.parametrize("method", [*METHODS, "full"])
+@pytest.mark.parametrize("method", mostly_exhaustive([*METHODS, "full"], "lora", "low_rank_adapter", "prefix", "full"))
 def test_arithmetic_equals_bert_base(method):
     assert_same(preset("bert-base-chinese"), method, NEEDED.get(method, {}), labels=15)
 

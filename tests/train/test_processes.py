@@ -42,7 +42,7 @@ ACCUMULATED = ["method.name=lora", "train.accumulate=3", "train.weight_decay=0.1
 R_DROP = ["method.name=ptuning2", "method.tokens=4", "train.r_drop_alpha=2", "train.accumulate=2"]
 FEW = {
     "lora": [*EVERY_METHOD["lora"], "train.r_drop_alpha=2", "train.batch_size=7"],
-    "full": [*EVERY_METHOD["full"], "train.accumulate=3", "train.weight_decay=0.1"],
+    "full": [*EVERY_METHOD["full"], "train.accumulate=3", "train.weight_decay=0.1", "train.mode=pynative"],
 }
 ALL = {
     **{f"{name}-{mode}": [*runs, f"train.mode={mode}"] for name, runs in EVERY_METHOD.items() for mode in MODES},
@@ -76,7 +76,6 @@ def assert_same_runs(one, other):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize("chosen", [FEW, pytest.param(ALL, marks=pytest.mark.exhaustive)], ids=["few", "all"])
 def test_two_processes_are_one_on_the_joined_batch(inputs, tmp_path, back_to_pynative, chosen):
     """13 rows held out and 49 to train on: neither is a multiple of a batch of 8, nor of two processes."""
@@ -184,12 +183,12 @@ def wait_until(condition, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_pynative):
     """Killed, resumed by two, interrupted, resumed by one: the end is that of a run nothing happened to."""
     directory = tmp_path / "run"
     settings = overrides(*inputs, tmp_path, "method.name=lora", "method.dropout=0.1", "train.epochs=60")
     settings += ["train.max_steps=150", "train.save_every=7", "train.evaluate_every=50", "train.learning_rate=0.001"]
+    settings += ["train.mode=pynative"]
     together = load_run(None, [*settings, f"output.directory={directory}", PROCESSES])
 
     watch = Watch(30, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
@@ -215,10 +214,9 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_nothing_outlives_the_command_line(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.max_steps=100000", "train.epochs=1", PROCESSES)
+    words = overrides(*inputs, directory, "train.max_steps=100000", "train.mode=pynative", PROCESSES)
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = [sys.executable, "-m", "mindpet", "finetune", str(tmp_path / "run.yaml"), *words]
     with open(tmp_path / "output.txt", "w") as output:
@@ -234,10 +232,9 @@ def test_nothing_outlives_the_command_line(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_under_msrun_the_command_line_is_one_of_several(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.epochs=1", "method.name=bitfit")
+    words = overrides(*inputs, directory, "train.epochs=1", "train.mode=pynative", "method.name=bitfit")
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = str(Path(sys.executable).parent / "mindpet")
     run_script(tmp_path, 2, [command, "finetune", str(tmp_path / "run.yaml"), *words], 240)
@@ -247,7 +244,6 @@ def test_under_msrun_the_command_line_is_one_of_several(inputs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("processes")
 def test_what_a_process_finds_wrong_is_said_as_it_is_by_one_process(inputs, tmp_path):
     config = load_run(None, overrides(*inputs, tmp_path, "model.dropout=0", "train.r_drop_alpha=4"))
     with pytest.raises(NothingDrops) as alone:

@@ -618,7 +618,7 @@ def _note(text: str) -> None:
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
-    """What the user did wrong becomes a message and exit status 1 (2 for a run file), an interruption 130."""
+    """A wrong word, key or value becomes a message and exit status 2, what goes wrong on the way 1, Ctrl-C 130."""
     # MindSpore's log writes warnings about itself over the progress bar; GLOG_v brings them back
     os.environ.setdefault("GLOG_v", "3")
     try:
@@ -631,7 +631,7 @@ def _readable_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if os.environ.get("MINDPET_TRACEBACK"):
             raise
-        code = getattr(error, "exit_code", 1)  # 130 interrupted, 2 a wrong run file
+        code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, TypeError)) else 1)
         if code == 130:
             typer.secho(f"{error}", fg="yellow", err=True)
             raise typer.Exit(code) from None

@@ -14,6 +14,8 @@ import platform
 import shlex
 import shutil
 import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mindpet import _compat, _files
@@ -24,9 +26,10 @@ _SOURCES = tuple(Path(__file__).with_name(f"{name}.cpp") for name in _NAMES)
 _HEADERS = tuple(Path(__file__).with_name(name) for name in ("common.h", "product.h", "matrix.h"))
 # NaN and infinities keep their meaning; what is given up is errno, traps, and the last bit of a sum's rounding.
 _FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-Wl,-z,nodelete"),
+    *("-std=c++17", "-O3", "-fPIC", "-pthread"),
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
 )
+_LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,nodelete")
 _MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes; -mcpu is for ARM
 _VARIABLES = ("MINDPET_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH", "MS_CUSTOM_AOT_WHITE_LIST")
 _SECONDS = 300
@@ -116,7 +119,8 @@ def _digest(compiler: list[str]) -> str:
     digest = hashlib.sha256()
     for file in (*_HEADERS, *_SOURCES):
         digest.update(file.read_bytes() + b"\0")
-    for text in (_run([*compiler, "--version"]), repr(compiler), repr((_FLAGS, _MACHINE_FLAGS)), _processor()):
+    flags = repr((_FLAGS, _LINK_FLAGS, _MACHINE_FLAGS))
+    for text in (_run([*compiler, "--version"]), repr(compiler), flags, _processor()):
         digest.update(b"\0" + text.encode())
     return digest.hexdigest()[:16]
 
@@ -134,17 +138,29 @@ def _processor() -> str:
 def _compile(compiler: list[str], path: Path) -> None:
     failures = []
     try:
-        with _files.whole_file(path) as temporary:
+        with _files.whole_file(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as objects:
             _log.warning("The CPU kernels are compiled into %s, once; that takes half a minute.", path.parent)
             for flags in _MACHINE_FLAGS:
                 try:
-                    _run([*compiler, *_FLAGS, *flags, *map(str, _SOURCES), "-o", str(temporary)])
+                    _build([*compiler, *_FLAGS, *flags], compiler, Path(objects), temporary)
                     return
                 except KernelsUnavailable as error:
                     failures.append(str(error))
             raise KernelsUnavailable(failures[0])
     except OSError as error:
         raise KernelsUnavailable(f"{path.parent} cannot be written to ({error}): set MINDPET_CACHE.") from error
+
+
+def _build(compile_one: list[str], compiler: list[str], objects: Path, library: Path) -> None:
+    """A process of the compiler for each source, as many at once as there are cores; then one links what they made."""
+    made = {source: str(objects / f"{source.stem}.o") for source in _SOURCES}
+    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
+    try:
+        for done in [pool.submit(_run, [*compile_one, "-c", str(source), "-o", one]) for source, one in made.items()]:
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    _run([*compiler, *_LINK_FLAGS, *made.values(), "-o", str(library)])
 
 
 def _check(path: Path) -> None:
