@@ -72,7 +72,7 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not exhaustive' $(ARGS)
 
-exhaustive: $(FETCHED) $(MODELS)  ## run the tests of every combination that `make test` tries a few of: half an hour
+exhaustive: $(FETCHED) $(MODELS)  ## run the cases that `make test` leaves out, of every combination; long
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
 
 fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [READERS="gguf e5"]

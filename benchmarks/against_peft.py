@@ -34,6 +34,7 @@ SMOLLM2 = {
     "tie_word_embeddings": True,
 }
 TOKENS, BOTTLENECK, RANK, ALPHA = 20, 64, 8, 16
+TITLES = {"bert": "BERT-base", "smollm2": "SmolLM2-135M"}
 SHAPES = {"bert": (16, 128), "smollm2": (4, 128)}
 CASES = {
     **{f"bert-{method}": ("bert", method) for method in ("lora", "adapter", "prefix", "bitfit", "full")},
@@ -218,17 +219,18 @@ def draw(rows: dict[str, Any], path: Path) -> None:
     names = {"ours": "mindpet", "plain": "MindSpore's own operators"}
     sides = [side for side in names if all(side in row for row in rows.values())]
     places, height = np.arange(len(rows)), 0.8 / len(sides)
+    paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.6 * len(rows) + 1.4), sharey=True, layout="constrained")
     for which, (axis, title) in enumerate(zip(axes, ("time of a step", "peak memory"), strict=True)):
         for index, side in enumerate(sides):
             values = [ratios(row[side], row["theirs"])[which] for row in rows.values()]
             shift = (index - (len(sides) - 1) / 2) * height
-            bars = axis.barh(places + shift, values, height, label=names[side])
-            axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3)
-        axis.axvline(1.0, color="black", linewidth=1)
+            bars = axis.barh(places + shift, values, height, label=names[side], zorder=2)
+            axis.bar_label(bars, [f"{value:.2f}" for value in values], padding=3, bbox=paper)
+        axis.axvline(1.0, color="black", linewidth=1, zorder=1)
         axis.set_title(title)
         axis.margins(x=0.14)
-    axes[0].set_yticks(places, list(rows))
+    axes[0].set_yticks(places, [f"{TITLES[CASES[case][0]]}, {CASES[case][1]}" for case in rows])
     axes[0].invert_yaxis()
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=len(sides))
     figure.supxlabel("as a share of torch with PEFT, the line at 1; less is better")

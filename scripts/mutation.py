@@ -99,7 +99,8 @@ def measured(
     data, report = directory / "coverage", directory / "report.xml"
     if again or not report.exists():
         command = [sys.executable, "-m", "pytest", *tests, "-m", "not exhaustive and not slow", f"--junitxml={report}"]
-        command += ["--cov=src/mindpet", "--cov-context=test", "--cov-report=", "-q", "-n", "2", "--dist", "loadfile"]
+        command += ["--cov=src/mindpet", "--cov-context=test", "--cov-report=", "-q"]
+        command += ["-n", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
         subprocess.run(command, cwd=HOME, env={**os.environ, "COVERAGE_FILE": str(data)}, check=False)
     durations = {}
     for case in ElementTree.parse(report).iter("testcase"):

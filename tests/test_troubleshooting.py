@@ -227,4 +227,4 @@ def test_the_quoted_messages_of_the_command_line_are_those_that_are_printed(tmp_
     told("finetune", "model.path=language", "data.train=text.txt", "data.holdout=10", "train.r_drop_alpha=1", code=3)
     assert CliRunner().invoke(app, ["finetune", "run.yaml", *short]).exit_code == 0
     told("finetune", code=2)
-    told("finetune", "--resume", code=1)
+    told("finetune", "--resume", code=2)

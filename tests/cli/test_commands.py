@@ -128,7 +128,7 @@ def test_config_init_does_not_overwrite(tuned):
         (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
         (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora"),
         (["finetune", "RUN", "model.path=nowhere", "output.directory=new"], 2, "nowhere that can be read"),
-        (["finetune", "RUN", "--resume"], 1, "is finished"),
+        (["finetune", "RUN", "--resume"], 2, "is finished"),
         (["finetune", "RUN"], 2, "--overwrite"),
         (["evaluate", "."], 2, "is not the directory of a run"),
         (["infer", ".", "text"], 2, "is not the directory of a run"),

@@ -2,8 +2,11 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 from mindspore import nn
@@ -88,12 +91,14 @@ def test_the_switch_turns_them_off_without_a_word(tmp_path):
     assert libraries(tmp_path) == []
 
 
-def failing_compiler(directory):
-    """A program that answers --version, and fails at the rest."""
-    program = directory / "bad-compiler"
-    program.write_text('#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "rows.cpp:1: error: no space" >&2\nexit 1\n')
+def compiler(directory, does):
+    """A program that answers --version, takes every flag, makes empty files, and does this before."""
+    program = directory / f"compiler-{len(list(directory.iterdir()))}"
+    program.write_text(
+        f'#!/bin/sh\ncase "$*" in --version|*-fsyntax-only*) exit 0;; esac\n{does}\nfor last; do :; done\n: > "$last"\n'
+    )
     program.chmod(0o755)
-    return program
+    return str(program)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +106,8 @@ def failing_compiler(directory):
     [
         ({"CXX": "/nonexistent"}, "there is no C++ compiler (/nonexistent)"),
         ({"CXX": "BAD"}, "error: no space"),
+        ({"CXX": "KILLED"}, "failed: -9"),  # and nothing slower takes its place
+        ({"CXX": "LINKS NOTHING"}, "error: no link"),
         ({"MINDPET_CACHE": "FILE"}, "cannot be written to"),
         pytest.param({"MINDPET_CACHE": "COLON"}, "colon", marks=pytest.mark.exhaustive),
         pytest.param(
@@ -113,7 +120,9 @@ def failing_compiler(directory):
 def test_without_kernels_mindspore_computes_and_one_line_says_why(environment, reason, tmp_path):
     (tmp_path / "file").write_text("not a directory")
     replaced = {
-        "BAD": str(failing_compiler(tmp_path)),
+        "BAD": compiler(tmp_path, 'echo "rows.cpp:1: error: no space" >&2; exit 1'),
+        "KILLED": compiler(tmp_path, 'case "$*" in *head.cpp*) kill -9 $$;; esac'),
+        "LINKS NOTHING": compiler(tmp_path, 'case "$*" in *-shared*) echo "error: no link" >&2; exit 1;; esac'),
         "FILE": str(tmp_path / "file" / "cache"),
         "COLON": str(tmp_path / "a:b"),
     }
@@ -122,6 +131,19 @@ def test_without_kernels_mindspore_computes_and_one_line_says_why(environment, r
     assert len(found["LOG"]) == 1
     assert reason in found["LOG"][0]
     assert found["VALUE"].startswith("[[")
+    assert not (tmp_path / "cache").exists() or libraries(tmp_path) == []
+
+
+def test_an_interruption_ends_what_compiles(tmp_path):
+    """Of the process alone, as a supervisor sends it; a terminal's reaches the compilers by itself."""
+    process = start(tmp_path, CXX=compiler(tmp_path, f"echo $$ >> {tmp_path}/begun; exec sleep 60"))
+    while not (tmp_path / "begun").exists() and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode
+    assert libraries(tmp_path) == []
+    assert not any(Path(f"/proc/{number}").exists() for number in (tmp_path / "begun").read_text().split())
 
 
 @needs_compiler

@@ -76,6 +76,7 @@ def test_a_second_run_takes_the_graphs_of_the_first_and_another_one_does_not(tmp
     assert again == first
     other, taken = tuned_in_a_process(tmp_path / "other", tmp_path / "cache", [*words, "method.alpha=32"])
     assert not taken
+    assert other == tuned_in_a_process(tmp_path / "alone", tmp_path / "cache", [*words, "method.alpha=32"], kept="0")[0]
     assert other != first
 
 

@@ -183,12 +183,13 @@ def wait_until(condition, seconds):
 
 
 @pytest.mark.slow
-def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_pynative):
+@pytest.mark.parametrize("train_mode", ["pynative", pytest.param("graph", marks=pytest.mark.exhaustive)])
+def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_pynative, train_mode):
     """Killed, resumed by two, interrupted, resumed by one: the end is that of a run nothing happened to."""
     directory = tmp_path / "run"
     settings = overrides(*inputs, tmp_path, "method.name=lora", "method.dropout=0.1", "train.epochs=60")
     settings += ["train.max_steps=150", "train.save_every=7", "train.evaluate_every=50", "train.learning_rate=0.001"]
-    settings += ["train.mode=pynative"]
+    settings += [f"train.mode={train_mode}"]
     together = load_run(None, [*settings, f"output.directory={directory}", PROCESSES])
 
     watch = Watch(30, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
@@ -216,7 +217,7 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
 @pytest.mark.slow
 def test_nothing_outlives_the_command_line(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.max_steps=100000", "train.mode=pynative", PROCESSES)
+    words = overrides(*inputs, directory, "train.max_steps=100000", "train.epochs=1", PROCESSES)
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = [sys.executable, "-m", "mindpet", "finetune", str(tmp_path / "run.yaml"), *words]
     with open(tmp_path / "output.txt", "w") as output:
@@ -234,7 +235,7 @@ def test_nothing_outlives_the_command_line(inputs, tmp_path):
 @pytest.mark.slow
 def test_under_msrun_the_command_line_is_one_of_several(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.epochs=1", "train.mode=pynative", "method.name=bitfit")
+    words = overrides(*inputs, directory, "train.epochs=1", "method.name=bitfit")
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = str(Path(sys.executable).parent / "mindpet")
     run_script(tmp_path, 2, [command, "finetune", str(tmp_path / "run.yaml"), *words], 240)

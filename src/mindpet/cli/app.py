@@ -631,14 +631,14 @@ def _readable_errors() -> Iterator[None]:
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError, ModuleNotFoundError) as error:
         if os.environ.get("MINDPET_TRACEBACK"):
             raise
-        code = getattr(error, "exit_code", 2 if isinstance(error, (ValueError, TypeError)) else 1)
+        ours = type(error).__module__.startswith("mindpet") or type(error) is ValueError
+        code = getattr(error, "exit_code", 2 if ours and isinstance(error, ValueError) else 1)
         if code == 130:
             typer.secho(f"{error}", fg="yellow", err=True)
             raise typer.Exit(code) from None
         if isinstance(error, ModuleNotFoundError):
             typer.secho(f"{error.name} is missing: pip install 'mindpet[cli,text]'", fg="red", err=True)
             raise typer.Exit(1) from None
-        ours = type(error).__module__.startswith("mindpet") or type(error) is ValueError
         hint = "" if ours else f"\n({type(error).__name__}; MINDPET_TRACEBACK=1 shows where)"
         typer.secho(f"{error}{hint}", fg="red", err=True)
         raise typer.Exit(code) from None

@@ -15,7 +15,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from mindpet import _compat, _files
@@ -30,7 +29,7 @@ _FLAGS = (
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp-simd"),
 )
 _LINK_FLAGS = ("-shared", "-pthread", "-Wl,-z,nodelete")
-_MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",), ())  # the first that the compiler takes; -mcpu is for ARM
+_MACHINE_FLAGS = (("-march=native",), ("-mcpu=native",))  # the first that the compiler takes; -mcpu is for ARM
 _VARIABLES = ("MINDPET_CACHE", "XDG_CACHE_HOME", "HOME", "CXX", "PATH", "MS_CUSTOM_AOT_WHITE_LIST")
 _SECONDS = 300
 
@@ -136,31 +135,32 @@ def _processor() -> str:
 
 
 def _compile(compiler: list[str], path: Path) -> None:
-    failures = []
+    """A process of the compiler for each source, and one that links what they made."""
     try:
-        with _files.whole_file(path) as temporary, tempfile.TemporaryDirectory(dir=path.parent) as objects:
+        with (
+            _files.whole_file(path) as temporary,
+            tempfile.TemporaryDirectory(
+                dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True
+            ) as objects,
+        ):
             _log.warning("The CPU kernels are compiled into %s, once; that takes half a minute.", path.parent)
-            for flags in _MACHINE_FLAGS:
-                try:
-                    _build([*compiler, *_FLAGS, *flags], compiler, Path(objects), temporary)
-                    return
-                except KernelsUnavailable as error:
-                    failures.append(str(error))
-            raise KernelsUnavailable(failures[0])
+            flags = _machine_flags(compiler)
+            made = {source: os.path.join(objects, f"{source.stem}.o") for source in _SOURCES}
+            _run(*([*compiler, *_FLAGS, *flags, "-c", str(source), "-o", one] for source, one in made.items()))
+            _run([*compiler, *_LINK_FLAGS, *made.values(), "-o", str(temporary)])
     except OSError as error:
         raise KernelsUnavailable(f"{path.parent} cannot be written to ({error}): set MINDPET_CACHE.") from error
 
 
-def _build(compile_one: list[str], compiler: list[str], objects: Path, library: Path) -> None:
-    """A process of the compiler for each source, as many at once as there are cores; then one links what they made."""
-    made = {source: str(objects / f"{source.stem}.o") for source in _SOURCES}
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)))
-    try:
-        for done in [pool.submit(_run, [*compile_one, "-c", str(source), "-o", one]) for source, one in made.items()]:
-            done.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-    _run([*compiler, *_LINK_FLAGS, *made.values(), "-o", str(library)])
+def _machine_flags(compiler: list[str]) -> tuple[str, ...]:
+    """How the compiler is told to use all of this processor: by a trial, which no failure of a source is taken for."""
+    for flags in _MACHINE_FLAGS:
+        try:
+            _run([*compiler, *flags, "-fsyntax-only", "-x", "c++", os.devnull])
+        except KernelsUnavailable:
+            continue
+        return flags
+    return ()
 
 
 def _check(path: Path) -> None:
@@ -182,12 +182,29 @@ def _threads() -> int:
     return int(given) if given.isdigit() and int(given) > 0 else len(os.sched_getaffinity(0))
 
 
-def _run(command: list[str]) -> str:
+def _run(*commands: list[str]) -> str:
+    """What the last one prints. A few run at once; when one fails, or somebody interrupts, none goes on."""
+    at_once = min(4, len(os.sched_getaffinity(0)))  # a compiler takes 200 MB
+    waiting, printed = list(commands), ""
+    running: list[subprocess.Popen[str]] = []
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_SECONDS, check=False)
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                running.append(
+                    subprocess.Popen(
+                        waiting.pop(0), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace"
+                    )
+                )
+            printed, errors = running[0].communicate(timeout=_SECONDS)
+            done = running.pop(0)
+            if done.returncode:
+                lines = [line for line in errors.splitlines() if "error" in line] or errors.splitlines()
+                what = lines[0].strip() if lines else done.returncode
+                raise KernelsUnavailable(f"{commands[0][0]} failed: {what}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelsUnavailable(f"{command[0]} cannot be run: {error}") from error
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-        raise KernelsUnavailable(f"{command[0]} failed: {lines[0].strip() if lines else done.returncode}")
-    return done.stdout
+        raise KernelsUnavailable(f"{commands[0][0]} cannot be run: {error}") from error
+    finally:
+        for process in running:
+            with process:
+                process.kill()
+    return printed

@@ -46,6 +46,8 @@ class Diverged(RuntimeError):
 class CannotResume(RuntimeError):
     """There is nothing to go on from, or it belongs to another run."""
 
+    exit_code = 2
+
 
 class Reporter:
     """Is told what happens. This one says nothing; the command line's draws a progress bar."""
