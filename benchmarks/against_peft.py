@@ -254,12 +254,16 @@ def main() -> None:
         answer((theirs if options.work == "theirs" else ours)(*CASES[options.cases[0]]))
         return
     load = load_of_machine()
+    print(
+        "Medians of a step (and quartiles); ratios are ours to the other's: less than 1 is faster, or smaller.",
+        flush=True,
+    )
     rows = {}
     for case in options.cases:
         rows[case] = row = measure(case, options.rounds, options.plain)
         mine, yours = row["ours"], row["theirs"]
         print(
-            f"{case}: {shown(mine)}, PEFT {shown(yours)}, ratio {row['ratio']:.2f}; peak "
+            f"{case}: {shown(mine)}, PEFT {shown(yours)}, ratio {row['ratio']:.2f}; peak memory "
             f"{mine['peak_mib']:.0f} and {yours['peak_mib']:.0f} MiB, ratio {row['memory_ratio']:.2f}; first step "
             f"{mine['first_step_s']:.1f} and {yours['first_step_s']:.1f} s",
             flush=True,

@@ -1,7 +1,10 @@
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import mindspore as ms
 import numpy as np
@@ -287,3 +290,41 @@ def test_merge_and_export_take_a_model_or_a_factory_with_a_delta(tuned, tmp_path
     assert all(np.array_equal(value, theirs[name]) for name, value in ours.items())
     for command in ("merge", "export"):
         assert invoke(command, model, tmp_path / "merged-2", "--delta", directory / "delta")[0] == 2
+
+
+@pytest.mark.parametrize("library", ["multiarray_umath", "libmindspore_core", "_c_expression"])
+def test_ctrl_c_while_something_is_imported_ends_it_at_once(tmp_path, library):
+    command = [sys.executable, "-m", "mindpet", "finetune", str(write_run_file_of(tmp_path))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    maps = Path(f"/proc/{process.pid}/maps")
+    while library not in maps.read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[0] == "Interrupted.\n"
+    assert process.returncode == 130
+
+
+def write_run_file_of(folder):
+    path = folder / "run.yaml"
+    words = overrides(write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(20)), folder / "out")
+    content = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        section, _, name = key.partition(".")
+        content.setdefault(section, {})[name] = yaml.safe_load(value)
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+@pytest.mark.parametrize("place", ["file", "file/deep", "read-only/run"])
+def test_an_output_directory_that_cannot_be_is_told_before_anything_is_read(tmp_path, place, monkeypatch):
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "read-only").mkdir()
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, how: Path(path).name != "read-only" and access(path, how))
+    code, output = invoke(
+        "finetune", write_run_file_of(tmp_path), f"output.directory={tmp_path / place}", "model.path=nowhere"
+    )
+    assert code == 2
+    output = " ".join(output.split())
+    assert ("is read-only" if "read-only" in place else f"{tmp_path / 'file'} is a file, not a directory") in output

@@ -263,5 +263,5 @@ def test_a_clock_that_goes_back_changes_nothing(whole, words, tmp_path, monkeypa
 def test_a_file_in_the_place_of_the_directory_is_said_at_once(words, tmp_path):
     (tmp_path / "run").write_text("a file")
     done = finetune(words, tmp_path / "run" / "deep")
-    assert done.returncode != 0
-    assert "Not a directory" in done.stderr
+    assert done.returncode == 2
+    assert "is a file, not a directory" in done.stderr

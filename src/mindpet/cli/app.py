@@ -639,6 +639,10 @@ def _readable_errors() -> Iterator[None]:
         if isinstance(error, ModuleNotFoundError):
             typer.secho(f"{error.name} is missing: pip install 'mindpet[cli,text]'", fg="red", err=True)
             raise typer.Exit(1) from None
-        hint = "" if ours else f"\n({type(error).__name__}; MINDPET_TRACEBACK=1 shows where)"
-        typer.secho(f"{error}{hint}", fg="red", err=True)
+        said = str(error)
+        if isinstance(error, OSError) and error.filename is not None and error.strerror:
+            said = f"{error.filename}: {error.strerror}."
+        elif not ours:
+            said += f"\n({type(error).__name__}; MINDPET_TRACEBACK=1 shows where)"
+        typer.secho(said, fg="red", err=True)
         raise typer.Exit(code) from None

@@ -387,6 +387,8 @@ def template(model: str = "path/to/model", train: str = "path/to/train.jsonl") -
 
 
 def _read(path: Path) -> dict[str, Any]:
+    if os.path.isdir(path):
+        raise RunFileError(f"{path} is a directory, and no run file; that of a run is {path / 'run.yaml'}.")
     if not os.path.isfile(path):
         close = difflib.get_close_matches(
             path.name, [p.name for p in path.parent.glob("*")] if os.path.isdir(path.parent) else []

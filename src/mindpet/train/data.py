@@ -68,7 +68,7 @@ def read_rows(path: str | Path, text: str = "text", label: str = "label", pair: 
     else:
         rows = _from_records(path, read_records(path, "or a folder per label"), text, label, pair)
     if not len(rows):
-        raise DataError(f"{path} has no usable row. {rows.broken_in_words()}")
+        raise DataError(f"{path} has no usable row. {rows.broken_in_words() or 'It has none at all.'}")
     return rows
 
 
@@ -122,6 +122,8 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                 twice = sorted(name for name, count in Counter(cells).items() if count > 1)
                 if twice:
                     raise DataError(f"{path} has two columns with the same name: {_printable(twice)}.")
+                if not all(map(is_unicode, cells)):
+                    raise DataError(f"{path} is not UTF-8: its header is {_printable(cells)}.")
                 header = cells
             elif cells and len(cells) != len(header):
                 yield number, ValueError(f"{len(cells)} fields where the header has {len(header)}")
@@ -170,8 +172,8 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
 
 
 def _printable(names: Iterable[Any]) -> str:
-    """Names in a row; what is not UTF-8 in them as it is escaped in Python."""
-    return ", ".join(map(str, names)).encode(errors="backslashreplace").decode()
+    """Names in a row; what a terminal should not get is escaped as Python does."""
+    return ", ".join(name if name.isprintable() else repr(name)[1:-1] for name in map(str, names))
 
 
 def _folder(path: Path) -> Rows:

@@ -355,7 +355,8 @@ class Fit:
         path = self.directory / CHECKPOINT
         if not path.is_file():
             raise CannotResume(f"There is no {path} to go on from: no step was saved before the run stopped.")
-        tensors, metadata = _files.read_tensors(path, CannotResume)
+        anew = "Begin anew with --overwrite."
+        tensors, metadata = _files.read_tensors(path, lambda what: CannotResume(f"{what} {anew}"))
         try:
             state = _files.parse_json(metadata["state"])
             total, data = state.pop("total"), state.pop("data")
@@ -363,7 +364,7 @@ class Fit:
                 state["best"] = [state["best"]]
             progress = Progress(**state)
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CannotResume(f"{path} cannot be read: {error}") from error
+            raise CannotResume(f"{path} cannot be read: {error}. {anew}") from error
         here = self._state()
         differ = sorted(tensors.keys() ^ here.keys())
         # Adam's powers of beta are vectors of one number at first and numbers after a step: sizes are compared

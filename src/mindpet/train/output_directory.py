@@ -48,6 +48,7 @@ def check(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> 
     Raises:
         RunFileError, CannotResume: with what can be done.
     """
+    _check_place(directory)
     there = directory / "run.yaml"
     if not resume:
         if there.exists() and not overwrite:
@@ -66,6 +67,17 @@ def check(config: RunConfig, directory: Path, resume: bool, overwrite: bool) -> 
         raise CannotResume(f"It cannot be told what the run in {directory} was. {error}") from error
     if changed:
         raise CannotResume(f"The run in {directory} was begun with other settings:\n  " + "\n  ".join(changed))
+
+
+def _check_place(directory: Path) -> None:
+    """What there is of the path takes files."""
+    there = next(each for each in (directory, *directory.parents) if os.path.exists(each))
+    if not there.is_dir():
+        raise RunFileError(f"The output.directory {directory} cannot be made: {there} is a file, not a directory.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise RunFileError(
+            f"The output.directory {directory} cannot be written to: {there} is read-only, or not yours to write."
+        )
 
 
 def enter(held: ExitStack, config: RunConfig, directory: Path, resume: bool, overwrite: bool, group: Group) -> None:

@@ -110,7 +110,8 @@ def prepare_rows(config: RunConfig, task: str, reporter: "Reporter") -> tuple[Ro
         return train, test
     if len(set(train.labels)) < 2:
         raise DataError(
-            f"Training needs rows of two labels at least, but there are {len(train)} rows of {len(set(train.labels))}."
+            f"Training needs rows of two labels at least, but all rows that are not held out, {len(train)}, have "
+            f"{train.labels[0]!r}."
         )
     check_labels(test, sorted(set(train.labels)), reporter)
     return train, test
