@@ -43,6 +43,13 @@ def _device(tmp_path_factory):
     ms.set_context(save_graphs_path=str(tmp_path_factory.mktemp("graphs")))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_is_old_is_old():
+    """MindSpore collects garbage each time it compiles: what other modules left behind is not looked at again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     ms.set_seed(20)
