@@ -295,7 +295,9 @@ def test_merge_and_export_take_a_model_or_a_factory_with_a_delta(tuned, tmp_path
 @pytest.mark.parametrize("library", ["multiarray_umath", "libmindspore_core", "_c_expression"])
 def test_ctrl_c_while_something_is_imported_ends_it_at_once(tmp_path, library):
     command = [sys.executable, "-m", "mindpet", "finetune", str(write_run_file_of(tmp_path))]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
+    process = subprocess.Popen(command, preexec_fn=heard, **pipes)
     maps = Path(f"/proc/{process.pid}/maps")
     while library not in maps.read_text():
         assert process.poll() is None

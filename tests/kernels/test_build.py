@@ -33,8 +33,14 @@ def start(directory, **environment):
     script = directory / "use_kernels.py"
     script.write_text(SCRIPT)
     variables = {**os.environ, "MINDPET_CACHE": str(directory / "cache"), **environment}
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     return subprocess.Popen(
-        [sys.executable, str(script)], cwd=directory, env=variables, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script)],
+        cwd=directory,
+        env=variables,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=heard,
     )
 
 
