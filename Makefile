@@ -10,6 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 HEADLINES ?= examples/headlines.txt
 RUNS ?= headlines shakespeare r8 newsgroups reviews
 JOBS ?= 2
+TWO_AT_ONCE := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: help dist install fetch models corpora comparison quickstart test exhaustive fuzz coverage mutation interop mindformers lint format docs bench bench-quick clean
 
@@ -70,7 +71,7 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 	@echo "Look at the picture: runs/quickstart/curve.png"
 
 test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not exhaustive' $(ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m 'not exhaustive' $(ARGS)
 
 exhaustive: $(FETCHED) $(MODELS)  ## run the cases that `make test` leaves out, of every combination; long
 	$(BIN)/python -m pytest -m exhaustive $(ARGS)
@@ -81,7 +82,7 @@ fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [
 
 coverage: $(FETCHED) $(MODELS)  ## run the tests, and say which lines and branches of src none went through; an hour
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m 'not exhaustive' --cov --cov-report=term:skip-covered $(ARGS)
 
 mutation: $(FETCHED) $(MODELS)  ## change the code in 240 places and see whether a test notices, two hours at most
 	@$(PIP) -c constraints.txt -e '.[dev,measure]'

@@ -11,7 +11,6 @@ import mindspore as ms
 import numpy as np
 import pytest
 
-gc.freeze()  # a twentieth of the time went into looking at MindSpore's own objects again and again
 gc.set_threshold(20_000, 20, 20)
 
 MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
@@ -45,7 +44,7 @@ def _device(tmp_path_factory):
 
 @pytest.fixture(scope="module", autouse=True)
 def _what_is_old_is_old():
-    """MindSpore collects garbage each time it compiles: what other modules left behind is not looked at again."""
+    """MindSpore collects garbage each time it compiles: not among its own objects, nor what other modules left."""
     gc.collect()
     gc.freeze()
 

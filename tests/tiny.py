@@ -1,6 +1,7 @@
 """A whole model directory, small enough to train in a second: random weights, a real tokenizer, all files."""
 
 import json
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,11 @@ def overrides(model: Path, train: Path, output: Path, *more: str) -> list[str]:
         "train.learning_rate=0.01",
         *more,
     ]
+
+
+def hear_ctrl_c() -> None:
+    """For a process that begins: what a shell runs in its background ignores SIGINT, and so do its children."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 CHAT_TEMPLATE = (

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from mindpet.cli import screen
 from mindpet.cli.app import app
-from tests.tiny import overrides, sentences, write_model, write_rows
+from mindpet.train.config import as_yaml, load_run
+from tests.tiny import hear_ctrl_c, overrides, sentences, write_model, write_rows
 
 RUNNER = CliRunner()
 
@@ -127,6 +128,7 @@ def test_config_init_does_not_overwrite(tuned):
 @pytest.mark.parametrize(
     ("words", "code", "says"),
     [
+        (["finetune", "."], 2, "is a directory, and no run file"),
         (["finetune", "none.yaml"], 2, "There is no run file none.yaml"),
         (["finetune", "RUN", "train.epoch=1"], 2, "did you mean 'epochs'?"),
         (["finetune", "RUN", "method.name=loar"], 2, "did you mean lora"),
@@ -296,8 +298,7 @@ def test_merge_and_export_take_a_model_or_a_factory_with_a_delta(tuned, tmp_path
 def test_ctrl_c_while_something_is_imported_ends_it_at_once(tmp_path, library):
     command = [sys.executable, "-m", "mindpet", "finetune", str(write_run_file_of(tmp_path))]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
-    process = subprocess.Popen(command, preexec_fn=heard, **pipes)
+    process = subprocess.Popen(command, preexec_fn=hear_ctrl_c, **pipes)
     maps = Path(f"/proc/{process.pid}/maps")
     while library not in maps.read_text():
         assert process.poll() is None
@@ -307,14 +308,9 @@ def test_ctrl_c_while_something_is_imported_ends_it_at_once(tmp_path, library):
 
 
 def write_run_file_of(folder):
-    path = folder / "run.yaml"
-    words = overrides(write_model(folder / "model"), write_rows(folder / "rows.jsonl", sentences(20)), folder / "out")
-    content = {}
-    for word in words:
-        key, _, value = word.partition("=")
-        section, _, name = key.partition(".")
-        content.setdefault(section, {})[name] = yaml.safe_load(value)
-    path.write_text(yaml.safe_dump(content))
+    path, model = folder / "run.yaml", write_model(folder / "model")
+    words = overrides(model, write_rows(folder / "rows.jsonl", sentences(20)), folder / "out")
+    path.write_text(as_yaml(load_run(None, words)))
     return path
 
 

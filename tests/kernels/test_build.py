@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from mindspore import nn
 
+from tests.tiny import hear_ctrl_c
+
 SCRIPT = """
 import logging, os, sys
 logging.basicConfig(stream=sys.stdout, format="LOG %(message)s")
@@ -33,14 +35,13 @@ def start(directory, **environment):
     script = directory / "use_kernels.py"
     script.write_text(SCRIPT)
     variables = {**os.environ, "MINDPET_CACHE": str(directory / "cache"), **environment}
-    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     return subprocess.Popen(
         [sys.executable, str(script)],
         cwd=directory,
         env=variables,
         stdout=subprocess.PIPE,
         text=True,
-        preexec_fn=heard,
+        preexec_fn=hear_ctrl_c,
     )
 
 

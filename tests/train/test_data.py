@@ -76,7 +76,12 @@ def test_a_csv_row_with_too_few_fields_is_named(tmp_path):
         (lambda d: d, "no folders"),
         (lambda d: _write(d / "rows.xlsx", "x"), "known endings"),
         (lambda d: _write(d / "rows.jsonl", '{"a": 1}\n'), "no usable row.*no 'text'"),
-        (lambda d: _write(d / "rows.csv", ""), "no usable row"),
+        (lambda d: _write(d / "rows.csv", ""), "no usable row. It has none at all"),
+        (
+            lambda d: _write(d / "rows.csv", "text,label\na,b\n", "utf-16"),
+            r"is not UTF-8: its header is \\udcff\\udcfet",
+        ),
+        (lambda d: _write(d / "rows.csv", "a\x1b[31m,label\nb,c\n"), r"no 'text' \(it has: a\\x1b\[31m, label\)"),
     ],
 )
 def test_data_that_cannot_be_used_is_explained(tmp_path, make, says):
@@ -84,8 +89,8 @@ def test_data_that_cannot_be_used_is_explained(tmp_path, make, says):
         read_rows(make(tmp_path))
 
 
-def _write(path, content):
-    path.write_text(content)
+def _write(path, content, encoding="utf-8"):
+    path.write_text(content, encoding=encoding)
     return path
 
 

@@ -391,7 +391,7 @@ def test_what_resume_refuses(inputs, tmp_path):
     with pytest.raises(CannotResume, match="train.batch_size: it was 8, now 4"):
         run.finetune(other, resume=True)
     (tmp_path / "out" / CHECKPOINT).write_bytes(b"broken")
-    with pytest.raises(CannotResume, match="cannot be read"):
+    with pytest.raises(CannotResume, match="cannot be read.*--overwrite"):
         run.finetune(config, resume=True)
 
 
