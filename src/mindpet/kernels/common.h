@@ -171,24 +171,30 @@ inline void transpose(const float *x, int64_t x_row, float *y, int64_t y_row) {
 }
 
 // C (ROWS, WIDE LANES) = start + A (ROWS, depth) B (depth, WIDE LANES); entry (i, k) of A is a[i row + k column].
-// `start` is null for zeros, C itself to add to it, or one row for all where `start_row` is 0.
+// `start` is null for zeros, C itself to add to it, or one row for all where `start_row` is 0. B may have `more` rows,
+// which are multiplied with as many columns of A2, whose rows are `row2` apart.
 template <int64_t ROWS, int64_t WIDE>
 inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, const float *b, int64_t b_row, float *c,
-                 int64_t c_row, const float *start, int64_t start_row) {
+                 int64_t c_row, const float *start, int64_t start_row, int64_t more = 0, const float *a2 = nullptr,
+                 int64_t row2 = 0) {
     Lanes sums[ROWS][WIDE];
     for (int64_t i = 0; i < ROWS; ++i)
         for (int64_t j = 0; j < WIDE; ++j) sums[i][j] = start ? load(start + i * start_row + j * LANES) : Lanes{};
-    for (int64_t k = 0; k < depth; ++k) {
-        Lanes b_k[WIDE];
+    const auto add = [&](int64_t depth, const float *a, int64_t row, int64_t column, const float *b) {
+        for (int64_t k = 0; k < depth; ++k) {
+            Lanes b_k[WIDE];
 #pragma GCC unroll 4
-        for (int64_t j = 0; j < WIDE; ++j) b_k[j] = load(b + k * b_row + j * LANES);
+            for (int64_t j = 0; j < WIDE; ++j) b_k[j] = load(b + k * b_row + j * LANES);
 #pragma GCC unroll 16
-        for (int64_t i = 0; i < ROWS; ++i) {
-            const float factor = a[i * row + k * column];
+            for (int64_t i = 0; i < ROWS; ++i) {
+                const float factor = a[i * row + k * column];
 #pragma GCC unroll 4
-            for (int64_t j = 0; j < WIDE; ++j) sums[i][j] += factor * b_k[j];
+                for (int64_t j = 0; j < WIDE; ++j) sums[i][j] += factor * b_k[j];
+            }
         }
-    }
+    };
+    add(depth, a, row, column, b);
+    add(more, a2, row2, 1, b + depth * b_row);
     for (int64_t i = 0; i < ROWS; ++i)
         for (int64_t j = 0; j < WIDE; ++j) store(c + i * c_row + j * LANES, sums[i][j]);
 }

@@ -87,10 +87,11 @@ struct Left {
 // C (high, REGISTERS LANES) = start + A (high, depth) B; see tile. `high` is from 1 to ROWS.
 template <int64_t ROWS, int64_t REGISTERS = WIDE>
 inline void tile_of(int64_t high, int64_t depth, const Matrix &a, const float *b, int64_t b_row, float *c,
-                    int64_t c_row, const float *start, int64_t start_row) {
+                    int64_t c_row, const float *start, int64_t start_row, int64_t more = 0, const Matrix &a2 = {}) {
     if constexpr (ROWS > 1)
-        if (high < ROWS) return tile_of<ROWS - 1, REGISTERS>(high, depth, a, b, b_row, c, c_row, start, start_row);
-    tile<ROWS, REGISTERS>(depth, a.data, a.row, a.column, b, b_row, c, c_row, start, start_row);
+        if (high < ROWS)
+            return tile_of<ROWS - 1, REGISTERS>(high, depth, a, b, b_row, c, c_row, start, start_row, more, a2);
+    tile<ROWS, REGISTERS>(depth, a.data, a.row, a.column, b, b_row, c, c_row, start, start_row, more, a2.data, a2.row);
 }
 
 // C (rows, columns) = bias + A B, for a B (depth, columns) and a contiguous C. Returns 0, or 1 without memory.
@@ -144,11 +145,8 @@ int multiply(int64_t rows, int64_t columns, const Left &left, const Pack &pack, 
                                 corner[i * PANEL + j] = start && j < wide ? start[i * start_row + j] : 0.0f;
                         start = to = corner, start_row = to_row = PANEL;
                     }
-                    tile_of<STRIP>(high, own, a, b, PANEL, to, to_row, start, start_row);
-                    if (own < deep) {
-                        const Matrix a2 = left.a2.from(row, from + own - left.depth);
-                        tile_of<STRIP>(high, deep - own, a2, b + own * PANEL, PANEL, to, to_row, to, to_row);
-                    }
+                    const Matrix a2 = own < deep ? left.a2.from(row, from + own - left.depth) : Matrix{};
+                    tile_of<STRIP>(high, own, a, b, PANEL, to, to_row, start, start_row, deep - own, a2);
                     for (int64_t i = 0; wide < PANEL && i < high; ++i)
                         std::memcpy(c + (row + i) * columns + column, corner + i * PANEL, wide * sizeof(float));
                 }
