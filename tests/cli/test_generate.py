@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,13 @@ def test_mistakes_get_a_message_and_no_traceback(words, says, model, runs, tmp_p
     assert code == 2
     assert not output
     assert says in " ".join(errors.split())
+
+
+def test_a_mistake_in_the_prompt_is_told_before_the_weights_are_read(model, tmp_path):
+    shutil.copytree(model, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"broken")
+    assert "the prompt is empty" in invoke(tmp_path / "model", "")[2]
+    assert "model.safetensors" in invoke(tmp_path / "model", "x")[2]
 
 
 def test_the_run_of_a_classifier_points_to_infer(tmp_path):

@@ -118,6 +118,15 @@ def test_another_base_is_noticed(tmp_path, kind):
     assert type(other[0]) is nn.Dense
 
 
+def test_quite_another_network_is_told_in_one_line(tmp_path):
+    save_delta(tuned(), tmp_path)
+    with pytest.raises(DeltaFileError) as error:
+        load_delta(nn.SequentialCell(nn.CellList([nn.Dense(6, 6)])), tmp_path)
+    wanted = "another network, which had 2 weights (0.weight, ...); this SequentialCell has 2 (0.0.weight, ...)"
+    assert wanted in str(error.value)
+    assert str(error.value).count("\n") == 1
+
+
 def network_with(base):
     cell = network()
     ms.load_param_into_net(cell, {name: ms.Parameter(value, name=name) for name, value in base.items()})

@@ -1,5 +1,6 @@
 """Putting methods into networks that nobody edits: names, sharing, targets, refusals."""
 
+import logging
 from dataclasses import InitVar, dataclass
 
 import mindspore as ms
@@ -335,3 +336,12 @@ def test_another_method_beside_bitfit_says_nothing_of_norms(include_norm):
     trains = {parameter.name for parameter in network.trainable_params()}
     assert "0.bias" in trains
     assert ("1.beta" in trains) == include_norm
+
+
+def test_a_rank_that_no_weight_has_is_told_once(caplog):
+    with caplog.at_level(logging.WARNING, logger="mindpet"):
+        inject(Network(), LoRAConfig(rank=4, targets=["*.query", "*.value"]))
+        assert not caplog.text
+        inject(Network(), LoRAConfig(rank=4, rank_pattern={"*.value": 5}, targets=["*.query", "*.value"]))
+    assert caplog.text.count("A rank of 5 is more than the weight of 'blocks.0.attention.value' has: 4 at most") == 1
+    assert caplog.text.count("A rank of") == 1

@@ -81,6 +81,16 @@ def test_a_csv_row_with_too_few_fields_is_named(tmp_path):
             lambda d: _write(d / "rows.csv", "text,label\na,b\n", "utf-16"),
             r"is not UTF-8: its header is \\udcff\\udcfet",
         ),
+        (
+            lambda d: _write(d / "rows.csv", "text,label\na,b\n", "utf-16-le"),
+            "has NUL|contains NUL",
+        ),
+        (lambda d: _write(d / "rows.csv", "text,label\na\0b,c\n"), "line 2: .*NUL"),
+        (
+            lambda d: _write(d / "rows.jsonl", '{"text": "a\\u0000b", "label": "c"}'),
+            "line 1: 'text' has NUL",
+        ),
+        (lambda d: _write(d / "news" / "a.txt", "a\0b").parents[1], "news/a.txt: has NUL characters"),
         (lambda d: _write(d / "rows.csv", "a\x1b[31m,label\nb,c\n"), r"no 'text' \(it has: a\\x1b\[31m, label\)"),
     ],
 )
@@ -90,6 +100,7 @@ def test_data_that_cannot_be_used_is_explained(tmp_path, make, says):
 
 
 def _write(path, content, encoding="utf-8"):
+    path.parent.mkdir(exist_ok=True)
     path.write_text(content, encoding=encoding)
     return path
 

@@ -275,6 +275,11 @@ def _other_base(network: nn.Cell, description: dict[str, Any]) -> list[str]:
     base = {p.name: p for p in network.get_parameters() if OURS not in p.name and p.name not in trained}
     cells = quantised_cells(network)
     here = {name: list(shape) for name, shape in _shapes_of(base, cells).items()}
+    if recorded and here and not recorded.keys() & here.keys():
+        return [
+            f"it was trained on another network, which had {len(recorded)} weights ({next(iter(recorded))}, ...); this "
+            f"{type(network).__name__} has {len(here)} ({next(iter(here))}, ...), none of the same name"
+        ]
     problems = [f"the base it was trained on had {name}" for name in recorded if name not in here]
     problems += [f"the base it was trained on had no {name}" for name in here if name not in recorded]
     problems += [

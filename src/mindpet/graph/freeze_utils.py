@@ -147,8 +147,8 @@ def train_only(
             ids |= {id(getattr(cell, name)) for cell in norms for name in method.norm_trainable}
         if not ids:
             raise _checks.NothingFitsError(
-                f"No parameter of this {type(model).__name__} belongs to the method '{method.name}' (its names match "
-                f"{', '.join(method.trainable)}), so everything would be frozen. {_what_is_there(names)}"
+                f"No parameter of this {type(model).__name__} belongs to the method '{method.name}' (none has a name "
+                f"like {' or '.join(method.trainable)}), so everything would be frozen. {_what_is_there(names)}"
             )
         chosen |= ids
     chosen |= parameters_below(model, also)

@@ -1,5 +1,6 @@
 """Put a method into a network that nobody edits, and take it out again."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -12,11 +13,12 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat
-from mindpet.delta.method import DeltaConfig
+from mindpet.delta.method import DeltaConfig, RankedConfig
 from mindpet.delta.registry import method_of
 from mindpet.graph.freeze_utils import names_of_parameters, parameters_below, train_only
 from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_hint
 
+_log = logging.getLogger("mindpet")
 # attributes of a network
 _RECORD = "mindpet_injections"  # what was injected
 MERGED = "mindpet_merged"  # what is folded into weights now
@@ -161,6 +163,7 @@ def put_in(network: nn.Cell, config: DeltaConfig) -> None:
     for path, cell in matched.items():
         if is_adapted(cell):
             raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")
+    _warn_of_ranks(matched, config)
     shared = (method.share(list(matched.values()), config),) if method.share else ()
     for path, cell in matched.items():
         make = next(make for kind, make in method.adapt.items() if isinstance(cell, kind))
@@ -185,6 +188,17 @@ def put_in(network: nn.Cell, config: DeltaConfig) -> None:
         (p, p.asnumpy().copy()) for p in network.trainable_params() if id(p) in old and MARKER not in p.name
     ]
     vars(network)[_RECORD] = everything
+
+
+def _warn_of_ranks(matched: dict[str, nn.Cell], config: DeltaConfig) -> None:
+    """A delta of more ranks than its weight can have is no error, and rarely meant."""
+    for path, cell in matched.items():
+        weight = getattr(cell, "weight", None)
+        if isinstance(config, RankedConfig) and isinstance(weight, Parameter):
+            rank, most = config.at(path).rank, min(weight.shape[0], math.prod(weight.shape[1:]))
+            if rank > most:
+                _log.warning("A rank of %d is more than the weight of %r has: %d at most.", rank, path, most)
+                return
 
 
 def let_go(network: nn.Cell) -> None:
@@ -327,7 +341,7 @@ def _selected(network: nn.Cell, config: DeltaConfig) -> set[int] | None:
     if not found:
         raise _checks.NothingFitsError(
             f"None of the cells that 'targets', 'exclude' and 'layers' leave has a parameter of the method "
-            f"'{method.name}' (its names match {', '.join(method.trainable)})."
+            f"'{method.name}' (none has a name like {' or '.join(method.trainable)})."
         )
     return found
 

@@ -122,8 +122,9 @@ def _table(path: Path) -> Iterator[tuple[int, Any]]:
                 twice = sorted(name for name, count in Counter(cells).items() if count > 1)
                 if twice:
                     raise DataError(f"{path} has two columns with the same name: {_printable(twice)}.")
-                if not all(map(is_unicode, cells)):
-                    raise DataError(f"{path} is not UTF-8: its header is {_printable(cells)}.")
+                wrong = next(filter(None, map(unreadable, cells)), "")
+                if wrong:
+                    raise DataError(f"{path} {wrong}: its header is {_printable(cells)}.")
                 header = cells
             elif cells and len(cells) != len(header):
                 yield number, ValueError(f"{len(cells)} fields where the header has {len(header)}")
@@ -166,9 +167,17 @@ def problem_with(record: Any, keys: Iterable[str]) -> str:
             return f"'{key}' is {'null' if value is None else 'not a text'}"
         if not str(value).strip():
             return f"'{key}' is empty"
-        if not is_unicode(str(value)):
-            return f"'{key}' is not UTF-8"
+        wrong = unreadable(str(value))
+        if wrong:
+            return f"'{key}' {wrong}"
     return ""
+
+
+def unreadable(text: str) -> str:
+    """Why it cannot be a text that was written in UTF-8; empty when it can."""
+    if not is_unicode(text):
+        return "is not UTF-8"
+    return "has NUL characters, as UTF-16 and what is no text have" if "\0" in text else ""
 
 
 def _printable(names: Iterable[Any]) -> str:
@@ -188,8 +197,9 @@ def _folder(path: Path) -> Rows:
             except (OSError, UnicodeDecodeError) as error:
                 rows.broken.append(f"{folder.name}/{file.name}: {error}")
                 continue
-            if not content:
-                rows.broken.append(f"{folder.name}/{file.name}: empty")
+            wrong = unreadable(content) if content else "empty"
+            if wrong:
+                rows.broken.append(f"{folder.name}/{file.name}: {wrong}")
                 continue
             rows.texts.append(content)
             rows.labels.append(folder.name)

@@ -13,11 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from mindpet._files import is_unicode
 from mindpet.delta.r_drop import IGNORED
 from mindpet.models.ends import end_of_text
 from mindpet.train.config import DataSection
-from mindpet.train.data import DataError, Encoded, Rows, problem_with, read_records, split_rows
+from mindpet.train.data import DataError, Encoded, Rows, problem_with, read_records, split_rows, unreadable
 
 
 def is_plain(path: str | Path) -> bool:
@@ -56,7 +55,7 @@ def _documents(path: Path) -> Iterator[tuple[str, str, str]]:
         except (OSError, UnicodeDecodeError) as error:
             yield file.name, "", str(error)
             continue
-        yield file.name, text, "" if text.strip() else "empty"
+        yield file.name, text, unreadable(text) if text.strip() else "empty"
 
 
 def _records(path: Path, data: DataSection) -> Iterator[tuple[str, Any, str]]:
@@ -104,8 +103,9 @@ def _conversation(record: Any, key: str) -> tuple[Any, str]:
         fine = isinstance(turn, dict) and all(isinstance(turn.get(part), str) for part in ("role", "content"))
         if not fine:
             return None, f"message {number} of '{key}' is not an object with the texts 'role' and 'content'"
-        if not is_unicode(turn["role"] + turn["content"]):
-            return None, f"message {number} of '{key}' is not UTF-8"
+        wrong = unreadable(turn["role"] + turn["content"])
+        if wrong:
+            return None, f"message {number} of '{key}' {wrong}"
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in turns):
         return None, f"'{key}' has no message of the assistant to learn"
     return tuple((turn["role"], turn["content"]) for turn in turns), ""

@@ -1,7 +1,9 @@
 """Writing with a language model: a run, a model, or a model with a delta, asked in the form that it knows."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +30,7 @@ class Writer:
     """A network and what is needed to ask it.
 
     Attributes:
-        network: on evaluation.
+        read: reads its weights, when the network is first asked for: mistakes in a prompt are told before.
         tokenizer: its tokenizer.
         template: how it marks turns, or None.
         form: ``chat`` when a prompt is a user's turn by default, ``raw`` when it is a beginning.
@@ -36,12 +38,17 @@ class Writer:
         ends: tokens that end its texts and turns.
     """
 
-    network: nn.Cell
+    read: Callable[[], nn.Cell]
     tokenizer: Any
     template: ChatTemplate | None
     form: Form
     why: str
     ends: list[int]
+
+    @cached_property
+    def network(self) -> nn.Cell:
+        """The network, on evaluation."""
+        return self.read()
 
     def tokens_of(self, prompt: str, form: Form | None = None, system: str | None = None) -> list[int]:
         """The tokens to continue, laid out as in training.
@@ -102,21 +109,27 @@ def open_writer(source: str, delta: str | Path | None = None, mode: str = "pynat
             raise RunFileError(f"{source} is a run, which has its own delta: give its model with --delta, or no delta.")
         config = read_run(Path(source))
         pretrained = _language_model(config.model.path, source, "run")
-        network = load_tuned(source, [f"train.mode={mode}"])[1]
+
+        def read() -> nn.Cell:
+            return load_tuned(source, [f"train.mode={mode}"])[1]
+
         form, why = _form_of_run(config, pretrained.chat_template())
     else:
         pretrained = _language_model(source, source, "model")
-        # as for a run: without the queue, PyNative mode is faster on a CPU
-        ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
-        ms.set_context(pynative_synchronize=_compat.device_target() == "CPU")
-        network = open_network(source) if delta is None else open_tuned(source, delta).network
-        network = accelerate(network).set_train(False)
+
+        def read() -> nn.Cell:
+            # as for a run: without the queue, PyNative mode is faster on a CPU
+            ms.set_context(mode=ms.GRAPH_MODE if mode == "graph" else ms.PYNATIVE_MODE)
+            ms.set_context(pynative_synchronize=_compat.device_target() == "CPU")
+            network = open_network(source) if delta is None else open_tuned(source, delta).network
+            return accelerate(network).set_train(False)
+
         known = pretrained.chat_template() is not None
         form = "chat" if known else "raw"
         why = "the model has a chat template" if known else "the model has no chat template that is known here"
     tokenizer = pretrained.tokenizer()
     ends = end_tokens(tokenizer, pretrained.config)
-    return Writer(network, tokenizer, pretrained.chat_template(), form, why, ends)
+    return Writer(read, tokenizer, pretrained.chat_template(), form, why, ends)
 
 
 def _language_model(path: str, source: str, kind: str) -> Pretrained:
