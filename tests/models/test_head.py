@@ -34,7 +34,8 @@ def batch(rows=3, length=21):
 
 
 def tuned(family, method, **changes):
-    network = causal.build(family, vocab_size=VOCABULARY, **changes)
+    layers = "num_hidden_layers" if "llama" in family else "n_layer"
+    network = causal.build(family, vocab_size=VOCABULARY, **{layers: 1}, **changes)
     if METHODS[method] is not None:
         mindpet.inject(
             network, METHODS[method](*(("*.q_proj", "*.embed_tokens") if "llama" in family else ("*.c_attn", "*.wte")))

@@ -239,11 +239,20 @@ def _bounded(reader: type) -> type:
     """A reader that stops where the file does; the library's own goes on, as often as a number in the file says."""
 
     class Bounded(reader):
-        def _get(self, offset: Any, dtype: Any, count: Any = 1, *more: Any, **named: Any) -> Any:
-            end = int(offset) + np.dtype(dtype).itemsize * int(count)
-            if end > len(self.data):
-                raise ValueError(f"it has {len(self.data)} bytes, and what byte {int(offset)} begins needs {end}")
-            return super()._get(offset, dtype, count, *more, **named)
+        @property
+        def data(self) -> np.ndarray:
+            return self._bytes
+
+        @data.setter
+        def data(self, mapped: np.ndarray) -> None:
+            self._bytes = mapped.view(np.ndarray)  # of which a piece is made in a quarter of the time
+
+        def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> np.ndarray:
+            kind, begin = np.dtype(dtype), int(offset)
+            end = begin + kind.itemsize * int(count)
+            if end > len(self._bytes):
+                raise ValueError(f"it has {len(self._bytes)} bytes, and what byte {begin} begins needs {end}")
+            return self._bytes[begin:end].view(kind.newbyteorder(override_order or self.byte_order))
 
     return Bounded
 
