@@ -18,7 +18,10 @@ MODES = {"pynative": ms.PYNATIVE_MODE, "graph": ms.GRAPH_MODE}
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """``exhaustive_in_graph("lora-*")``: in graph mode `make test` runs the cases of these names alone."""
+    """``exhaustive_in_graph("lora-*")``: in graph mode `make test` runs the cases of these names alone.
+
+    Where two processes share the tests, the files with slow ones come first: no long one is left for the end.
+    """
     unused = {}
     for item in items:
         marker = item.get_closest_marker("exhaustive_in_graph")
@@ -32,6 +35,9 @@ def pytest_collection_modifyitems(config, items):
     wrong = {test: sorted(patterns) for test, patterns in unused.items() if patterns}
     if wrong and not any("::" in word for word in config.args):  # unless single cases were asked for
         raise pytest.UsageError(f"exhaustive_in_graph keeps cases that there are not: {wrong}")
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session", autouse=True)

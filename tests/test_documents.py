@@ -75,14 +75,16 @@ def test_the_code_of_the_page_on_language_models_works(smollm2, tmp_path):
     (tmp_path / "models" / "smollm2.gguf").symlink_to(smollm2)
     (tmp_path / "hamlet.txt").write_text((ROOT / "docs" / "guide.md").read_text())  # any text of some length
     (tmp_path / "run.yaml").write_text(blocks("docs/language.md", "yaml")[0])
-    (tmp_path / "document.py").write_text("\n".join(blocks("docs/language.md", "python")))
+    code = "\n".join(blocks("docs/language.md", "python"))
+    assert "max_tokens=60" in code
+    (tmp_path / "document.py").write_text(code.replace("max_tokens=60", "max_tokens=6"))
 
     def run(*words):
         done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=tmp_path, env=os.environ)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    run("-m", "mindpet", "finetune", "run.yaml", "train.max_steps=2", "data.holdout=4", "train.mode=pynative")
+    run("-m", "mindpet", "finetune", "run.yaml", "train.max_steps=2", "data.holdout=2", "train.mode=pynative")
     assert " Paris" in run("document.py")
 
 

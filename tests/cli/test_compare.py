@@ -31,7 +31,7 @@ class Project:
 
     def __init__(self, folder, model, data, **sections):
         self.folder, self.out = folder, folder / "out"
-        train = {"epochs": 4, "batch_size": 8, "mode": "pynative", "save_every": 2, "learning_rate": 0.01}
+        train = {"epochs": 2, "batch_size": 8, "mode": "pynative", "save_every": 2, "learning_rate": 0.01}
         content = {
             "model": {"path": str(model)},
             "data": {"train": str(data), "max_length": 16},

@@ -28,7 +28,7 @@ def softmax(values):
 
 
 def prepared(kind, method):
-    network = build(kind)
+    network = build(kind, 1)
     changes = {"lora": LoRAConfig(rank=2), "prefix": PrefixConfig(tokens=3, embed_dim=8, mid_dim=8)}
     return fill(inject(network, changes[method])) if method else network
 
@@ -47,7 +47,7 @@ def test_greedy_takes_the_likeliest_token_of_the_full_network(mode, kind, method
 
 
 def test_greedy_is_what_generation_with_dropout_gives_and_training_goes_on():
-    network = build("gpt2, untied", attn_pdrop=0.5, embd_pdrop=0.5)
+    network = build("gpt2, untied", 1, attn_pdrop=0.5, embd_pdrop=0.5)
     expected = list(generate(network, PROMPT, max_tokens=6))
     network.set_train(True)
     assert list(generate(network, PROMPT, max_tokens=6)) == expected
@@ -55,7 +55,7 @@ def test_greedy_is_what_generation_with_dropout_gives_and_training_goes_on():
 
 
 def test_sampled_tokens_are_in_the_nucleus_and_among_the_top(mode):
-    network = build("llama")
+    network = build("llama", 1)
     found = []
     for seed in range(6):
         new = list(generate(network, PROMPT, max_tokens=5, temperature=1.5, top_k=6, top_p=0.8, seed=seed))
@@ -71,7 +71,7 @@ def test_sampled_tokens_are_in_the_nucleus_and_among_the_top(mode):
 
 
 def test_the_same_seed_draws_the_same_tokens():
-    network = build("gpt2")
+    network = build("gpt2", 1)
     one, again, other = (
         list(generate(network, PROMPT, max_tokens=12, temperature=1.0, seed=seed)) for seed in (4, 4, 5)
     )
@@ -111,7 +111,7 @@ def test_the_edges_of_sampling(rng):
 
 
 def test_rows_of_a_batch_are_as_if_alone(mode):
-    network = build("llama")
+    network = build("llama", 1)
     prompts = [tokens(1, 6)[0], tokens(1, 3, seed=2)[0]]
     options = {"max_tokens": 7, "temperature": 1.0, "seed": 3}
     alone = [list(generate(network, row, **options)) for row in prompts]
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_are_as_if_alone(mode):
 
 
 def test_a_stop_token_is_given_out_and_ends():
-    network = build("llama")
+    network = build("llama", 1)
     all_of_them = list(generate(network, PROMPT, max_tokens=8))
     stop = all_of_them[3]
     end = all_of_them.index(stop) + 1
@@ -158,7 +158,7 @@ def test_a_stop_token_is_given_out_and_ends():
 )
 def test_wrong_arguments_are_refused_at_once(changes, says):
     with pytest.raises(ValueError, match=says):
-        generate(build("llama"), **{"input_ids": PROMPT, "max_tokens": 2, **changes})
+        generate(build("llama", 1), **{"input_ids": PROMPT, "max_tokens": 2, **changes})
 
 
 def words_tokenizer(words):
@@ -237,7 +237,7 @@ def letters():
 
 
 def test_text_is_streamed_until_a_stop_string(mode, letters):
-    network = build("gpt2")
+    network = build("gpt2", 1)
     options = {"max_tokens": 30, "temperature": 1.0, "seed": 1}
     stream = stream_text(network, letters, PROMPT, **options)
     whole = "".join(stream)
@@ -255,13 +255,13 @@ def test_text_is_streamed_until_a_stop_string(mode, letters):
 
 
 def test_text_ends_with_an_end_token_the_positions_or_a_request(letters):
-    network = build("llama")
+    network = build("llama", 1)
     drawn = list(generate(network, PROMPT, max_tokens=30, temperature=2.0))
     end = drawn[8]
     stream = stream_text(network, letters, PROMPT, max_tokens=30, temperature=2.0, stop_tokens=[end])
     assert "".join(stream) == letters.decode(drawn[: drawn.index(end)])
     assert stream.result.stopped == "end"
-    small = build("llama", max_position_embeddings=10)
+    small = build("llama", 1, max_position_embeddings=10)
     stream = stream_text(small, letters, PROMPT, max_tokens=30)
     assert "".join(stream) == letters.decode(stream.result.tokens)
     assert (len(stream.result.tokens), stream.result.stopped) == (5, "positions")  # the last is not taken in
@@ -279,14 +279,14 @@ def test_text_ends_with_an_end_token_the_positions_or_a_request(letters):
 )
 def test_wrong_arguments_for_text(letters, changes, says):
     with pytest.raises(ValueError, match=says):
-        stream_text(build("llama"), letters, **{"prompt": PROMPT, "max_tokens": 2, **changes})
+        stream_text(build("llama", 1), letters, **{"prompt": PROMPT, "max_tokens": 2, **changes})
 
 
 def test_graph_mode_compiles_once_for_texts_one_after_the_other(letters):
-    end = list(generate(build("llama"), PROMPT, max_tokens=3))[-1]
+    end = list(generate(build("llama", 1), PROMPT, max_tokens=3))[-1]
     ms.set_context(mode=ms.GRAPH_MODE)
     try:
-        network = build("llama")
+        network = build("llama", 1)
         texts = []
         for _ in range(3):  # the stream before is still there, and has ended early
             stream = stream_text(network, letters, PROMPT, max_tokens=30, stop_tokens=[end])

@@ -34,8 +34,7 @@ def batch(rows=3, length=21):
 
 
 def tuned(family, method, **changes):
-    layers = "num_hidden_layers" if "llama" in family else "n_layer"
-    network = causal.build(family, vocab_size=VOCABULARY, **{layers: 1}, **changes)
+    network = causal.build(family, 1, vocab_size=VOCABULARY, **changes)
     if METHODS[method] is not None:
         mindpet.inject(
             network, METHODS[method](*(("*.q_proj", "*.embed_tokens") if "llama" in family else ("*.c_attn", "*.wte")))

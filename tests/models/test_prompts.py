@@ -85,7 +85,7 @@ def test_every_segment_of_a_row_sees_the_virtual_tokens(kind):
 
 @pytest.mark.parametrize(("kind", "config"), PAIRS[:2])
 def test_greedy_output_is_the_same_with_and_without_a_cache(mode, kind, config):
-    network, ids = inject(build(kind), config), tokens(2, 6)
+    network, ids = inject(build(kind, 1), config), tokens(2, 6)
     rows, mask = np.pad(ids, ((0, 0), (0, 5))), np.zeros((2, 11), np.int32)
     for length in range(6, 11):
         mask[:, :length] = 1
