@@ -186,7 +186,7 @@ class Nothing(nn.Cell):
 
 
 @pytest.mark.usefixtures("graph_mode")
-@pytest.mark.parametrize("rows", [FEW, FEW + 1])
+@pytest.mark.parametrize("rows", [FEW, pytest.param(FEW + 1, marks=pytest.mark.exhaustive)])
 def test_a_token_goes_the_short_way_and_a_prompt_does_not(monkeypatch, rows):
     right = logits(network_of(), 3, rows)
     np.testing.assert_allclose(right, logits(network_of(fast=False), 3, rows), atol=1e-3)

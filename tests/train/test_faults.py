@@ -35,7 +35,9 @@ def inputs(tmp_path_factory):
 def words(inputs, tmp_path_factory):
     """Of the command line, after ``finetune``: a run of two dozen steps that saves after each."""
     place = tmp_path_factory.mktemp("words") / "run.yaml"
-    config = load_run(None, overrides(*inputs, "nowhere", "train.epochs=4", "train.save_every=1"))
+    config = load_run(
+        None, overrides(*inputs, "nowhere", "train.epochs=4", "train.save_every=1", "train.mode=pynative")
+    )
     place.write_text(as_yaml(config))
     return [str(place), "train.evaluate_every=3"]
 

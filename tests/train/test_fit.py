@@ -207,7 +207,10 @@ def wait_for_steps(output, steps, process):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "train_mode", "accumulate"),
-    [("SIGINT", "graph", 1), pytest.param("SIGKILL", "pynative", 2, marks=pytest.mark.exhaustive)],
+    [
+        ("SIGINT", "graph", 1),
+        *(pytest.param("SIGKILL", *each, marks=pytest.mark.exhaustive) for each in (("pynative", 2), ("graph", 1))),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_curve(inputs, tmp_path, number, train_mode, accumulate):
     more = (
@@ -441,7 +444,8 @@ def test_the_data_is_described(inputs, tmp_path):
     path.write_text(path.read_text() + "broken\n")
     test = write_rows(tmp_path / "test.jsonl", [*rows[:3], {"text": "far away", "label": "space"}])
     notes = Notes()
-    config = load_run(None, overrides(model, path, tmp_path / "out", f"data.test={test}", "train.max_steps=1"))
+    more = (f"data.test={test}", "train.max_steps=1", "train.mode=pynative")
+    config = load_run(None, overrides(model, path, tmp_path / "out", *more))
     report = run.finetune(config, notes)
     text = "\n".join(notes.lines)
     assert "1 row left out" in text

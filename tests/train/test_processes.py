@@ -217,7 +217,7 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
 @pytest.mark.slow
 def test_nothing_outlives_the_command_line(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.max_steps=100000", "train.epochs=1", PROCESSES)
+    words = overrides(*inputs, directory, "train.max_steps=100000", "train.epochs=1", "train.mode=pynative", PROCESSES)
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = [sys.executable, "-m", "mindpet", "finetune", str(tmp_path / "run.yaml"), *words]
     with open(tmp_path / "output.txt", "w") as output:
@@ -235,7 +235,7 @@ def test_nothing_outlives_the_command_line(inputs, tmp_path):
 @pytest.mark.slow
 def test_under_msrun_the_command_line_is_one_of_several(inputs, tmp_path):
     directory = tmp_path / "run"
-    words = overrides(*inputs, directory, "train.epochs=1", "method.name=bitfit")
+    words = overrides(*inputs, directory, "train.epochs=1", "method.name=bitfit", "train.mode=pynative")
     (tmp_path / "run.yaml").write_text(f"model: {{path: {inputs[0]}}}\ndata: {{train: {inputs[1]}}}\n")
     command = str(Path(sys.executable).parent / "mindpet")
     run_script(tmp_path, 2, [command, "finetune", str(tmp_path / "run.yaml"), *words], 240)
