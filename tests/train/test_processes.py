@@ -188,11 +188,11 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
     """Killed, resumed by two, interrupted, resumed by one: the end is that of a run nothing happened to."""
     directory = tmp_path / "run"
     settings = overrides(*inputs, tmp_path, "method.name=lora", "method.dropout=0.1", "train.epochs=60")
-    settings += ["train.max_steps=100", "train.save_every=7", "train.evaluate_every=50", "train.learning_rate=0.001"]
+    settings += ["train.max_steps=70", "train.save_every=7", "train.evaluate_every=50", "train.learning_rate=0.001"]
     settings += [f"train.mode={train_mode}"]
     together = load_run(None, [*settings, f"output.directory={directory}", PROCESSES])
 
-    watch = Watch(20, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
+    watch = Watch(12, lambda: os.kill(pid_of(directory, 1), signal.SIGKILL))
     begun = time.monotonic()
     says = r"Process 1 of 2 \(counted from 0\) \(pid \d+\) was killed by signal 9 after step \d+"
     with pytest.raises(RuntimeError, match=says):
@@ -202,8 +202,8 @@ def test_a_run_survives_what_becomes_of_its_processes(inputs, tmp_path, back_to_
     wait_until(lambda: not of_job(directory), 5)
     saved = max(watch.steps) // 7 * 7
 
-    watch = Watch(saved + 20, lambda: os.kill(os.getpid(), signal.SIGINT))
-    with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 100; it is saved.\nGo on with: mindpet finetune"):
+    watch = Watch(saved + 12, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(Interrupted, match=r"Stopped after step \d+ of 70; it is saved.\nGo on with: mindpet finetune"):
         run.finetune(together, watch, resume=True)
     assert watch.steps[0] in range(saved - 13, saved + 15)
     assert not of_job(directory)

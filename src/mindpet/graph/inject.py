@@ -13,7 +13,8 @@ import numpy as np
 from mindspore import Parameter, Tensor, nn
 
 from mindpet import _checks, _compat
-from mindpet.delta.method import DeltaConfig, RankedConfig
+from mindpet.delta.lora import LoRAConfig
+from mindpet.delta.method import DeltaConfig
 from mindpet.delta.registry import method_of
 from mindpet.graph.freeze_utils import names_of_parameters, parameters_below, train_only
 from mindpet.graph.targets import TargetReport, cells_by_path, find_targets, near_hint
@@ -191,10 +192,12 @@ def put_in(network: nn.Cell, config: DeltaConfig) -> None:
 
 
 def _warn_of_ranks(matched: dict[str, nn.Cell], config: DeltaConfig) -> None:
-    """A delta of more ranks than its weight can have is no error, and rarely meant."""
+    """A LoRA of more ranks than its weight can have is no error, and rarely meant. (LoKr's means a whole factor.)"""
+    if not isinstance(config, LoRAConfig):
+        return
     for path, cell in matched.items():
         weight = getattr(cell, "weight", None)
-        if isinstance(config, RankedConfig) and isinstance(weight, Parameter):
+        if isinstance(weight, Parameter):
             rank, most = config.at(path).rank, min(weight.shape[0], math.prod(weight.shape[1:]))
             if rank > most:
                 _log.warning("A rank of %d is more than the weight of %r has: %d at most.", rank, path, most)

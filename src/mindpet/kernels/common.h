@@ -194,7 +194,7 @@ inline void tile(int64_t depth, const float *a, int64_t row, int64_t column, con
         }
     };
     add(depth, a, row, column, b);
-    add(more, a2, row2, 1, b + depth * b_row);
+    if (more > 0) add(more, a2, row2, 1, b + depth * b_row);
     for (int64_t i = 0; i < ROWS; ++i)
         for (int64_t j = 0; j < WIDE; ++j) store(c + i * c_row + j * LANES, sums[i][j]);
 }
