@@ -73,8 +73,8 @@ quickstart: $(FETCHED)  ## tune a real BERT on 1600 headlines, score it on 527 o
 test: $(FETCHED) $(MODELS)  ## run the tests, in PyNative and in graph mode
 	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m 'not exhaustive' $(ARGS)
 
-exhaustive: $(FETCHED) $(MODELS)  ## run the cases that `make test` leaves out, of every combination; long
-	$(BIN)/python -m pytest -m exhaustive $(ARGS)
+exhaustive: $(FETCHED) $(MODELS)  ## run the cases that `make test` leaves out, of every combination: 25 minutes
+	$(BIN)/python -m pytest $(TWO_AT_ONCE) -m exhaustive $(ARGS)
 
 fuzz: $(INSTALLED)  ## make up files for every reader: make fuzz [RUNS=100000] [READERS="gguf e5"]
 	@$(PIP) -c constraints.txt -e '.[dev,fuzz]'

@@ -83,9 +83,10 @@ def _found(*_variables: str | None) -> Path | str:
     try:
         compiler = _compiler()
         path = cache_directory() / f"kernels-{_digest(compiler)}.so"
+        _check_place(path)
         if not path.is_file():
             _compile(compiler, path)
-        _check(path)
+        _load(path)
     except KernelsUnavailable as error:
         return str(error)
     return path
@@ -163,13 +164,17 @@ def _machine_flags(compiler: list[str]) -> tuple[str, ...]:
     return ()
 
 
-def _check(path: Path) -> None:
-    """Whether MindSpore will be able to load it."""
+def _check_place(path: Path) -> None:
+    """Whether MindSpore takes a library from there."""
     if ":" in str(path):
         raise KernelsUnavailable(f"MindSpore takes no library whose path has a colon ({path}): set MINDPET_CACHE.")
     allowed = os.environ.get("MS_CUSTOM_AOT_WHITE_LIST")
     if allowed and Path(os.path.realpath(allowed)) not in Path(os.path.realpath(path)).parents:
         raise KernelsUnavailable(f"{path} is outside of MS_CUSTOM_AOT_WHITE_LIST ({allowed}): set MINDPET_CACHE.")
+
+
+def _load(path: Path) -> None:
+    """Whether it can be loaded at all; its threads are told then how many they are."""
     try:
         ctypes.CDLL(str(path)).mindpet_threads(_threads())
     except (OSError, AttributeError) as error:
