@@ -133,7 +133,7 @@ def perplexity(network, tokenizer, text):
     return np.exp(-likely[np.arange(len(likely)), ids[1:]].mean())
 
 
-@pytest.mark.exhaustive_in_graph
+@pytest.mark.exhaustive
 @pytest.mark.models
 @pytest.mark.slow
 def test_the_real_network_knows_the_capital_of_france_and_english(mode, smollm2):
