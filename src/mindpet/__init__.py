@@ -33,6 +33,7 @@ _HOMES = {
     "MixedDeltas": "mindpet.graph",
     "MultitaskPromptTuningConfig": "mindpet.delta",
     "OFTConfig": "mindpet.delta",
+    "OptimizerCallback": "mindpet.graph",
     "PTuning2Config": "mindpet.delta",
     "PTuningConfig": "mindpet.delta",
     "ParallelAdapterConfig": "mindpet.delta",
@@ -105,6 +106,7 @@ if TYPE_CHECKING:
     )
     from mindpet.graph import (  # type: ignore[no-redef]  # noqa: F401
         MixedDeltas,
+        OptimizerCallback,
         combine,
         disable,
         eject,

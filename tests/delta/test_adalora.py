@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from mindspore import Parameter, Tensor, nn
 
-from mindpet import AdaLoRAConfig, LoRAConfig, inject, load_peft, save_peft, wrap_optimizer
+from mindpet import AdaLoRAConfig, LoRAConfig, OptimizerCallback, inject, load_peft, save_peft, wrap_optimizer
 from mindpet.delta.adalora_optimizer import PARTS, budgets
 from mindpet.models import BertForSequenceClassification
 from mindpet.train.config import TrainSection
@@ -126,10 +126,7 @@ def test_float16_trains_and_keeps_the_budget(mode):
 
 @pytest.mark.parametrize("scale", [1.0, 64.0])
 def test_mindspore_s_own_loop_trains_with_it(mode, scale):
-    cell = network()
-    generator = np.random.default_rng(0)
-    rows = [(generator.standard_normal(4).astype(np.float32), np.ones(2, np.float32)) for _ in range(3 * STEPS)]
-    data = ms.dataset.GeneratorDataset(rows, ["x", "y"], shuffle=False).batch(3)
+    cell, data = network(), rows_of(STEPS)
     inner = nn.Adam(cell.trainable_params(), [0.01] * STEPS, loss_scale=scale)
     optimizer = wrap_optimizer(cell, inner, STEPS)
     manager = ms.amp.FixedLossScaleManager(scale, drop_overflow_update=False)
@@ -137,6 +134,45 @@ def test_mindspore_s_own_loop_trains_with_it(mode, scale):
     model.train(1, data, dataset_sink_mode=False)
     assert optimizer.step.asnumpy() == optimizer.global_step.asnumpy() == STEPS
     assert sum(np.count_nonzero(cell[at].mindpet_delta_adalora_e.asnumpy()) for at in (0, 2)) == 2
+
+
+def rows_of(steps):
+    generator = np.random.default_rng(0)
+    rows = [(generator.standard_normal(4).astype(np.float32), np.ones(2, np.float32)) for _ in range(3 * steps)]
+    return ms.dataset.GeneratorDataset(rows, ["x", "y"], shuffle=False).batch(3)
+
+
+@pytest.mark.exhaustive_in_graph("*-2")
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_callback_gives_the_budget_for_as_many_steps_as_there_will_be(mode, epochs):
+    cells = network(), network()
+    ms.load_param_into_net(cells[1], cells[0].parameters_dict())
+    inner = [nn.Adam(cell.trainable_params(), 0.01) for cell in cells]
+    wrapped = ms.train.Model(cells[0], nn.MSELoss(), wrap_optimizer(cells[0], inner[0], STEPS))
+    wrapped.train(epochs, rows_of(STEPS // epochs), dataset_sink_mode=False)
+    model, callback = ms.train.Model(cells[1], nn.MSELoss(), inner[1]), OptimizerCallback()
+    data = rows_of(STEPS // epochs)
+    model.train(epochs, data, callbacks=callback, dataset_sink_mode=False)
+    for one, other in zip(cells[0].get_parameters(), cells[1].get_parameters()):
+        np.testing.assert_array_equal(one.asnumpy(), other.asnumpy(), err_msg=one.name)
+    model.train(1, data, callbacks=callback, dataset_sink_mode=False)  # goes on, with what is left
+    assert inner[1].global_step.asnumpy() == STEPS + STEPS // epochs
+    assert sum(np.count_nonzero(cells[1][at].mindpet_delta_adalora_e.asnumpy()) for at in (0, 2)) == 2
+
+
+def test_the_callback_says_what_it_cannot_work_with():
+    def train(cell, optimizer):
+        model = ms.train.Model(cell, nn.MSELoss(), optimizer)
+        model.train(1, rows_of(4), callbacks=OptimizerCallback(), dataset_sink_mode=False)
+
+    plain = nn.SequentialCell(nn.Dense(4, 2))
+    with pytest.raises(ValueError, match="nothing is injected into the model's network"):
+        train(plain, nn.SGD(plain.trainable_params(), 0.1))
+    with pytest.raises(ValueError, match="must have an optimizer, but its WithLossCell has none"):
+        train(network(), None)
+    cell = network()
+    with pytest.raises(ValueError, match="leave none of 4 steps"):
+        train(cell, nn.SGD(cell.trainable_params(), 0.1))
 
 
 def test_an_optimizer_that_misses_a_part_is_refused():

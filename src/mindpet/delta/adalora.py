@@ -83,8 +83,8 @@ class AdaLoRADense(BranchDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, A ``(r, in)``, e ``(r, 1)``, B ``(out, r)``, y ``(..., out)``; r is the
     initial rank, and a singular value e_i that the budget has no room for is 0. e starts at zero, so the layer starts
-    as the dense layer it replaces. Cost: ``initial_rank * (in + out + 1)`` parameters and
-    ``2 * initial_rank * (in + out)`` floating-point operations a row.
+    as the dense layer it replaces. Cost: ``initial_rank * (in + out + 1)`` parameters,
+    ``2 * initial_rank * (in + out) + initial_rank + out`` floating-point operations a row and ``initial_rank`` a call.
 
     >>> layer = AdaLoRADense.from_dense(nn.Dense(6, 4), AdaLoRAConfig(rank=1, initial_rank=2))
     >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_adalora_e.shape

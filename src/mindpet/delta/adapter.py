@@ -52,7 +52,8 @@ class AdapterLayer(nn.Cell):
 
     Shapes: x and y ``(..., hidden)``, W_down ``(bottleneck, hidden)``, W_up ``(hidden, bottleneck)``. Both weights
     start from a normal distribution of deviation 0.01, cut at two deviations, and the biases at zero, so the layer
-    starts near the identity (section 3.6). Cost: ``2 * hidden * bottleneck + hidden + bottleneck`` parameters.
+    starts near the identity (section 3.6). Cost: ``2 * hidden * bottleneck + hidden + bottleneck`` parameters and
+    ``4 * hidden * bottleneck + 2 * hidden + bottleneck`` floating-point operations a row.
 
     Args:
         hidden_size: size of the last axis.
@@ -140,8 +141,9 @@ class AdapterDense(ComputeDense):
 
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{AdapterLayer}(h)
 
-    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost:
-    ``2 * out * size + out + size`` parameters, with the bottleneck's size.
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost, with the
+    bottleneck's size: ``2 * out * size + out + size`` parameters and ``4 * out * size + 2 * out + size`` floating-point
+    operations a row.
 
     Args:
         in_channels: size of the input's last axis.

@@ -101,8 +101,9 @@ class AdapterFusionDense(ComputeDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, h, z and y ``(..., out)``, Q, K and V ``(out, out)``, q ``(out,)``. Q and
     K start normal with a deviation of 0.02, q at zero, V with ones on its diagonal and 1e-6 elsewhere: the layer starts
-    near the mean of its adapters. Cost: ``(2 + value) * out**2 + out`` parameters, and ``2 * (2 + value) * out**2``
-    floating-point operations a row besides those of the adapters, which do not train.
+    near the mean of its adapters. Cost: ``(2 + value) * out**2 + out`` parameters, which train, and
+    ``(2 * (2 + value) * out + 2) * out + adapters * (4 * out * size + 5 * out + size)`` floating-point operations a
+    row, those of the adapters among them.
 
     >>> layer = AdapterFusionDense.from_dense(nn.Dense(6, 8), AdapterFusionConfig(adapters=3, size=2), [])
     >>> layer(ops.ones((3, 6))).shape

@@ -63,8 +63,9 @@ class AdaptionPrompt(AdaptionSlot):
     Shapes: P ``(tokens, hidden)``, g ``(1,)``; calling the slot returns the two. K_P and V_P, ``(tokens, groups * d)``,
     are the keys and values that the layer's own projections make of P, without positions. P starts normally
     distributed with a deviation of 1 and g at zero, so the layer starts as it was. Cost: ``tokens * hidden + 1``
-    parameters, and for each token of the text 4 * tokens * heads * d floating-point operations; the keys and values of
-    P are made anew in every forward pass, at every token of generation too.
+    parameters; with as many groups as heads ``4 * tokens * hidden + heads * tokens + 2 * hidden`` floating-point
+    operations a row, of which each position of the text is one, and ``2 * tokens * (2 * hidden + 1) * hidden`` a call:
+    the keys and values of P are made anew in every forward pass, at every token of generation too.
 
     Differs from the paper in the gate, which is one number for all heads and not passed through a tanh, as in PEFT.
 

@@ -55,8 +55,8 @@ class BOFTDense(ChangedInputDense):
     Shapes: x ``(..., in)``, W ``(out, in)``, R ``(factors, blocks, size, size)``, s ``(out, 1)``, y ``(..., out)``.
     Each R is the Cayley transform ``(I - Q)(I + Q)^-1`` of Q = (A - A^T) / 2 with A trained. A starts at zero and s at
     one, so the layer starts as the dense layer it replaces. Cost:
-    ``butterfly_factors * in * size + out`` parameters, and ``2 * butterfly_factors * in * size``
-    floating-point operations a row.
+    ``butterfly_factors * in * size + out`` parameters, ``2 * butterfly_factors * in * size + out`` floating-point
+    operations a row and ``butterfly_factors * in * size * (2 * size + 5)`` a call.
 
     >>> from mindspore import ops
     >>> layer = BOFTDense.from_dense(nn.Dense(8, 4), BOFTConfig(block_size=2, butterfly_factors=2))

@@ -110,9 +110,9 @@ class CompacterDense(ComputeDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, h and y ``(..., out)``; down and up are :class:`PHMDense` between out and
     size. A starts normal with a deviation of 1e-4, so the layer starts near the dense layer that it replaces. Cost:
-    ``2 * rank * (out + size) + size + out + phm_dim**3`` parameters, the last of them once for all layers; without
-    `low_rank` ``2 * out * size / phm_dim`` in place of the first; and ``4 * out * size`` floating-point operations a
-    row.
+    ``2 * (rank * (out + size) if low_rank else out * size // phm_dim) + size + out + (2 - shared) * phm_dim**3``
+    parameters, the last of them once for all layers where they share A, ``4 * out * size + 2 * out + size``
+    floating-point operations a row and ``4 * (phm_dim + low_rank * rank / phm_dim) * out * size`` a call.
 
     >>> layer = CompacterDense.from_dense(nn.Dense(6, 8), CompacterConfig(size=4, phm_dim=2), None)
     >>> layer(ops.ones((3, 6))).shape

@@ -41,7 +41,8 @@ class DoRADense(ComputeDense):
     Shapes: x ``(..., in)``, W ``(out, in)``, A ``(rank, in)``, B ``(out, rank)``, m and n ``(out,)``, y ``(..., out)``.
     n counts as a constant in the gradient (section 4.3). m starts at the lengths of the rows of W and B at zero, so the
     layer starts as the dense layer it replaces: load the base weights first. Cost: ``rank * (in + out) + out``
-    parameters and ``2 * (rank + 2) * in * out`` floating-point operations a call, beside those of LoRA.
+    parameters, ``2 * rank * (in + out) + 3 * out`` floating-point operations a row and
+    ``2 * (rank + 2) * in * out + 3 * out`` a call.
 
     Differs from PEFT in training with dropout: the frozen product sees the whole input in both of its terms there and
     here, but PEFT drops inputs of the part of it by which m / n differs from 1.

@@ -53,8 +53,8 @@ class FourierFTDense(ReweightedDense):
 
     Shapes: x ``(..., in)``, W and S ``(out, in)``, c ``(frequencies,)``, y ``(..., out)``. The transform is NumPy's
     ``ifft2``, with 1 / (out in) before the sum. c starts standard normal, as in the paper: the layer starts a little
-    beside the dense layer it replaces. Cost: ``frequencies`` parameters, and about
-    ``5 * in * out * log2(in * out)`` floating-point operations a call, in float32, however many rows there are.
+    beside the dense layer it replaces. Cost: ``frequencies`` parameters and
+    ``(5 * log2(in * out) + 2) * in * out`` floating-point operations a call, in float32, however many rows there are.
 
     >>> layer = FourierFTDense.from_dense(nn.Dense(6, 4), FourierFTConfig(frequencies=5))
     >>> layer(ops.ones((3, 5, 6))).shape

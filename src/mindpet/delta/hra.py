@@ -46,7 +46,8 @@ class HRADense(ChangedInputDense):
     each even one starts as the odd one before it: two equal reflections are none, so with an even rank the layer
     starts as the dense layer it replaces. The product is kept as I - P Q^T, with the unit vectors in Q and
     p_i = 2 H_1 ... H_(i-1) q_i, so that a row of the input costs two thin products. Cost: ``rank * in`` parameters
-    and ``4 * rank * in`` floating-point operations a row, and ``2 * rank ** 2 * in`` a call.
+    and ``(4 * rank + 1) * in`` floating-point operations a row and ``(2 * rank**2 + 3 * rank - 1) * in + rank`` a call,
+    to which `gram_schmidt` adds.
 
     >>> from mindspore import ops
     >>> layer = HRADense.from_dense(nn.Dense(6, 4), HRAConfig(rank=2))

@@ -51,7 +51,7 @@ class IA3Dense(ComputeDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, l ``(out, 1)``, or ``(1, in)`` for a feed-forward layer, y
     ``(..., out)``. l starts at one, so the layer starts as the dense layer it replaces. Cost:
-    ``in if feedforward else out`` parameters and as many floating-point operations a row.
+    ``in if feedforward else out`` parameters and ``in if feedforward else out`` floating-point operations a row.
 
     >>> from mindspore import ops
     >>> layer = IA3Dense.from_dense(nn.Dense(6, 4), IA3Config())

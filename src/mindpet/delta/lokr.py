@@ -55,7 +55,8 @@ class LoKrDense(BranchDense):
     Shapes: x ``(..., in)``, W ``(out, in)``, W1 ``(l, m)``, W2 ``(k, n)`` with ``out = l k`` and ``in = m n``, B2
     ``(k, rank)``, A2 ``(rank, n)``, y ``(..., out)``. W1 or its B1 starts at zero, so the layer starts as the dense
     layer it replaces. Cost: ``factors(out, in, rank, decompose_both, decompose_factor).size`` parameters, which is
-    ``l m + rank (k + n)``, and ``2 m (rank (k + n) + l k)`` floating-point operations a row: W1 ⊗ W2 is not formed.
+    ``l m + rank (k + n)``, and ``2 * m * (rank * (k + n) + l * k) + 2 * out`` floating-point operations a row: W1 ⊗ W2
+    is not formed.
 
     >>> layer = LoKrDense.from_dense(nn.Dense(6, 4), LoKrConfig(rank=1))
     >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_lokr_w1.shape, layer.mindpet_delta_lokr_w2_b.shape

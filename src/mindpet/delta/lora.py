@@ -75,7 +75,8 @@ class LoRADense(ComputeDense):
     .. math:: y = \sigma\bigl(x W^T + b + \tfrac{\alpha}{r}\, \mathrm{dropout}(x) A^T B^T\bigr)
 
     Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, A ``(rank, in)``, B ``(out, rank)``, y ``(..., out)``.
-    B starts at zero, so the layer starts as the dense layer it replaces. Cost: ``rank * (in + out)`` parameters.
+    B starts at zero, so the layer starts as the dense layer it replaces. Cost: ``rank * (in + out)`` parameters
+    and ``2 * rank * (in + out) + 2 * out`` floating-point operations a row.
 
     Args:
         in_channels: size of the input's last axis.
@@ -233,7 +234,7 @@ class LoRAStartDense(LoRADense):
     the paper's residual weight W - alpha / r B0 A0 with the branch beside it, but W stays what it was in the files: so
     other deltas fit it, and merging, ejecting and saving go as with any LoRA. It starts as the dense layer it replaces,
     but for dropout. Cost: ``rank * (in + out)`` parameters that train, as many that do not, and
-    ``2 * rank * (in + out)`` floating-point operations a row beside those of LoRA.
+    ``4 * rank * (in + out) + 3 * out`` floating-point operations a row.
 
     >>> layer = LoRADense.from_dense(nn.Dense(6, 4), LoRAConfig(rank=2, start="pissa"))
     >>> [parameter.name for parameter in layer.get_parameters() if not parameter.requires_grad]

@@ -38,7 +38,8 @@ class LoRAConv2d(nn.Conv2d):
 
     Shapes: x ``(batch, in, h, w)``, W ``(out, in, kh, kw)``, A ``(rank, in, kh, kw)``, B ``(out, rank, 1, 1)``; A has
     the strides, padding and dilation of W. B starts at zero, so the layer starts as the convolution that it replaces.
-    Cost: ``rank * (in * kh * kw + out)`` parameters.
+    Cost: ``rank * (in * kh * kw + out)`` parameters and ``2 * rank * (in * kh * kw + out) + 2 * out`` floating-point
+    operations a place of the output.
 
     >>> from mindpet.delta.lora import LoRAConfig
     >>> layer = LoRAConv2d.from_conv(nn.Conv2d(3, 8, 3), LoRAConfig(rank=2))

@@ -22,7 +22,7 @@ class LoRAEmbedding(nn.Embedding):
 
     Shapes: i any shape of ints, E ``(vocabulary, dim)``, A ``(rank, vocabulary)``, B ``(dim, rank)``, y ``(..., dim)``.
     A starts at zero and B normal, so the layer starts as the embedding it replaces. Cost:
-    ``rank * (vocabulary + dim)`` parameters.
+    ``rank * (vocabulary + dim)`` parameters and ``2 * (rank + 1) * dim`` floating-point operations a row.
     """
 
     delta_method = "lora"

@@ -39,7 +39,8 @@ class LoRAFADense(BranchDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, A ``(rank, in)``, B ``(out, rank)``, y ``(..., out)``. A is frozen and
     saved with the delta; B starts at zero, so the layer starts as the dense layer it replaces. Cost: ``rank * out``
-    parameters that train, ``rank * in`` that do not, and ``2 * rank * (in + out)`` floating-point operations a row.
+    parameters that train, ``rank * in`` that do not, and ``2 * rank * (in + out) + 2 * out`` floating-point operations
+    a row.
 
     >>> layer = LoRAFADense.from_dense(nn.Dense(6, 4), LoRAFAConfig(rank=2))
     >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_frozen_lora_fa_a.requires_grad

@@ -79,7 +79,8 @@ class LowRankAdapterLayer(nn.Cell):
     .. math:: y = x + \sigma\bigl(x (L_{down} R_{down}) + b_{down}\bigr) (L_{up} R_{up}) + b_{up}
 
     Shapes, with ``k = hidden // reduction_factor``: x and y ``(..., hidden)``, L_down ``(hidden, r)``, R_down
-    ``(r, k)``, L_up ``(k, r)``, R_up ``(r, hidden)``. Cost: ``2 * r * (hidden + k) + hidden + k`` parameters.
+    ``(r, k)``, L_up ``(k, r)``, R_up ``(r, hidden)``. Cost: ``2 * r * (hidden + k) + hidden + k`` parameters,
+    ``(4 * hidden + 1) * k + 2 * hidden`` floating-point operations a row and ``4 * r * hidden * k`` a call.
 
     Started as documented (``xavier_uniform`` on all four matrices) the layer is close to the identity, not the
     identity: the branch starts small, not at zero.
@@ -188,7 +189,9 @@ class LowRankAdapterDense(ComputeDense):
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{LowRankAdapterLayer}(h)
 
     Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost:
-    ``2 * rank * (out + out // reduction_factor) + out + out // reduction_factor`` parameters.
+    ``2 * rank * (out + out // reduction_factor) + out + out // reduction_factor`` parameters,
+    ``(4 * out + 1) * (out // reduction_factor) + 2 * out`` floating-point operations a row and
+    ``4 * rank * out * (out // reduction_factor)`` a call.
 
     Args:
         in_channels: size of the input's last axis.

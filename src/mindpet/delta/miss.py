@@ -43,8 +43,8 @@ class MiSSDense(BranchDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, s ``(..., rank)``, D ``(rank, out)``, y ``(..., out)``. The delta of W is
     D^T beside itself in/r times, the last time in part if r does not divide in. D starts at zero, so the layer starts
-    as the dense layer it replaces. Cost: ``rank * out`` parameters and ``in + 2 * rank * out`` floating-point
-    operations a row.
+    as the dense layer it replaces. Cost: ``rank * out`` parameters and
+    ``rank * ceil(in / rank) + (2 * rank + 1) * out`` floating-point operations a row.
 
     >>> from mindspore import ops
     >>> layer = MiSSDense.from_dense(nn.Dense(6, 4), MiSSConfig(rank=2))

@@ -53,7 +53,9 @@ class MultitaskPromptTuning(PromptSlot):
 
     Shapes: P and P_k ``(tokens, hidden)``, U ``(num_tasks, tokens, rank)``, V ``(num_tasks, rank, hidden)``. P starts
     with a deviation of 1, U and V of 0.02, so P_k starts near zero, and tuning elsewhere than at the network, which did
-    not see these tokens. Cost: ``tokens * hidden + num_tasks * rank * (tokens + hidden)`` parameters.
+    not see these tokens. Cost: ``tokens * hidden + num_tasks * rank * (tokens + hidden)`` parameters,
+    ``work(tokens + seq) - work(seq)`` floating-point operations a text, with the network's own work on a text of so
+    many tokens, and ``(2 * rank + 1) * tokens * hidden`` a call.
 
     >>> MultitaskPromptTuning(nn.Embedding(11, 8), MultitaskPromptTuningConfig(tokens=3, num_tasks=2))().shape
     (3, 8)

@@ -115,8 +115,9 @@ class OFTDense(ChangedInputDense):
     diagonal, ``(blocks, size (size - 1) / 2)``, y ``(..., out)``. With `cayley_neumann` and t terms R_i is
     ``I + 2 Q + 2 Q^2 + ... + 2 Q^(t-2) + Q^(t-1)``. Q starts at zero and R at the identity, so the layer starts as the
     dense layer it replaces. Cost:
-    ``(1 if block_share else blocks or in // block_size) * size * (size - 1) // 2`` parameters and
-    ``2 * in * size`` floating-point operations a row.
+    ``(1 if block_share else blocks or in // block_size) * size * (size - 1) // 2`` parameters,
+    ``2 * in * size`` floating-point operations a row and, with k blocks,
+    ``((2 * size + 2) * (terms - 2) + 2) * k * size**2`` a call.
 
     >>> from mindspore import ops
     >>> layer = OFTDense.from_dense(nn.Dense(6, 4), OFTConfig(block_size=3))

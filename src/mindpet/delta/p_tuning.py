@@ -64,7 +64,10 @@ class PTuning(PromptSlot):
     Shapes: E and P ``(tokens, hidden)``; with e for `encoder_hidden`, the MLP goes from hidden to e to e to hidden, and
     behind an LSTM, whose output is ``(tokens, 2 e)``, from 2 e to 2 e to hidden. E starts with a deviation of 1 and
     everything else as MindSpore's (and torch's) layers do; tuning starts elsewhere than at the network, which did not
-    see these tokens. Cost, with an MLP: ``tokens * hidden + e * (2 * hidden + e + 2) + hidden`` parameters.
+    see these tokens. Cost, with an MLP:
+    ``tokens * hidden + e * (2 * hidden + e + 2) + hidden`` parameters, ``work(tokens + seq) - work(seq)``
+    floating-point operations a text, with the network's own work on a text of so many tokens, and
+    ``tokens * (2 * e * (2 * hidden + e) + 2 * e + hidden)`` a call.
 
     >>> PTuning(nn.Embedding(11, 8), PTuningConfig(tokens=3, encoder_hidden=4))().shape
     (3, 8)

@@ -52,8 +52,8 @@ class ParallelAdapterDense(BranchDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, D ``(size, in)``, c ``(size,)``, U ``(out, size)``, e ``(out,)``, y
     ``(..., out)``. U, c and e start at zero, so the layer starts as the dense layer it replaces; D starts uniform
-    within ``1 / sqrt(in)``. Cost: ``size * (in + out) + size + out`` parameters, and ``2 * size * (in + out)``
-    floating-point operations a row.
+    within ``1 / sqrt(in)``. Cost: ``size * (in + out) + size + out`` parameters and
+    ``2 * size * (in + out) + size + 3 * out`` floating-point operations a row.
 
     >>> layer = ParallelAdapterDense.from_dense(nn.Dense(6, 4), ParallelAdapterConfig(size=2))
     >>> layer(ops.ones((3, 5, 6))).shape

@@ -60,8 +60,9 @@ class PromptTuning(PromptSlot):
     r"""A slot with trained embeddings: the input of the first layer is :math:`[P; E]`.
 
     Shapes: P ``(tokens, hidden)``, which calling it returns; E, the embeddings of a sample, ``(seq, hidden)``. Tuning
-    starts elsewhere than at the network, which did not see these tokens. Cost: ``tokens * hidden`` parameters, and
-    ``tokens / seq`` of the network's own floating-point operations more.
+    starts elsewhere than at the network, which did not see these tokens. Cost: ``tokens * hidden`` parameters
+    and ``work(tokens + seq) - work(seq)`` floating-point operations a text, with the network's own work on a text of
+    so many tokens.
 
     >>> PromptTuning(nn.Embedding(11, 8), PromptTuningConfig(tokens=3))().shape
     (3, 8)

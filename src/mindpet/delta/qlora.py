@@ -69,8 +69,8 @@ class QLoRADense(LoRADense):
     Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, A ``(rank, in)``, B ``(out, rank)``, y ``(..., out)``. W is
     kept as codes and largest values of blocks (:mod:`mindpet.delta.blockwise`) and made anew in each call. The layer
     starts as the dense layer with the quantised weight, since B starts at zero; with LoftQ, nearer to the original one.
-    Cost: ``rank * (in + out)`` parameters and two floating-point operations for each weight in each call, beside
-    LoRA's.
+    Cost: ``rank * (in + out)`` parameters, ``2 * rank * (in + out) + 2 * out`` floating-point operations a row and
+    ``in * out + double_quantisation * 512 * ceil(in * out / block_size / 256)`` a call.
 
     The original dense layer keeps its weight until :meth:`let_go`, which :func:`mindpet.inject` calls.
 

@@ -59,8 +59,8 @@ class RandLoRADense(ReweightedDense):
     and out, and ``n = ceil(small / rank)``: A ``(rank, 1, small)``, B ``(large, n, rank)``, Λ ``(rank, n)``, Γ
     ``(n, small)``. The sum is ``(large, small)``, and is transposed where out is small. Λ starts at zero, so the layer
     starts as the dense layer it replaces. Cost: ``-(-min(in, out) // rank) * (rank + min(in, out))`` parameters, A
-    and B once for the network, and about ``2 * in * out * min(in, out)`` floating-point operations a call, in float32,
-    however many rows there are.
+    and B once for the network, and ``2 * (max(in, out) + 1) * -(-min(in, out) // rank) * rank * min(in, out)
+    + 2 * in * out`` floating-point operations a call, in float32, however many rows there are.
 
     As in PEFT, the columns of B are counted base by base and the rows of Λ A Γ rank by rank, so that those that are
     multiplied are not always of the same i. All of them are random, and nothing is lost.

@@ -50,7 +50,7 @@ class SHiRADense(ReweightedDense):
 
     Shapes: x ``(..., in)``, W and S ``(out, in)``, v ``(entries,)``, places ``(entries, 2)``, y ``(..., out)``. v
     starts at zero, so the layer starts as the dense layer it replaces. Cost: ``rank * (in + out)`` parameters, as many
-    pairs of numbers that say where they are, and ``2 * in * out`` floating-point operations a call, however many rows
+    pairs of numbers that say where they are, and ``in * out`` floating-point operations a call, however many rows
     there are.
 
     >>> layer = SHiRADense.from_dense(nn.Dense(6, 4), SHiRAConfig(rank=1))

@@ -42,8 +42,8 @@ class TrainableTokensEmbedding(nn.Embedding):
     .. math:: y_i = T_{k(i)} \text{ where } i \text{ is the k-th trained row, else } E_i
 
     Shapes: i any shape of ints, E ``(vocabulary, dim)``, T ``(tokens, dim)``, y ``(..., dim)``. T starts as the rows of
-    E, so the layer starts as the embedding it replaces. Cost: ``len(token_indices) * dim`` parameters and no
-    floating-point operation.
+    E, so the layer starts as the embedding it replaces. Cost: ``len(token_indices) * dim`` parameters and
+    ``0`` floating-point operations a row.
     """
 
     delta_method = "trainable_tokens"

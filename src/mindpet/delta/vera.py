@@ -55,7 +55,7 @@ class VeRADense(BranchDense):
     Shapes: x ``(..., in)``, W ``(out, in)``, A the first ``in`` columns of ``(rank, widest in)``, B the first ``out``
     rows of ``(widest out, rank)``, d ``(rank,)``, b_v ``(out,)``, y ``(..., out)``. b_v starts at zero, so the layer
     starts as the dense layer it replaces. Cost: ``rank + out`` parameters, A and B once for the network, and
-    ``2 * rank * (in + out)`` floating-point operations a row.
+    ``2 * rank * (in + out) + rank + 2 * out`` floating-point operations a row.
 
     >>> dense, config = nn.Dense(6, 4), VeRAConfig(rank=2)
     >>> layer = VeRADense.from_dense(dense, config, shared_matrices([dense], config))

@@ -7,12 +7,13 @@ from mindpet.graph.freeze_utils import freeze_delta, freeze_from_config, freeze_
 from mindpet.graph.inject import disable, eject, inject, replace_cell, target_report
 from mindpet.graph.merge import merge, merge_and_eject, unmerge
 from mindpet.graph.mixed import MixedDeltas
-from mindpet.graph.optimizers import parameter_groups, wrap_optimizer
+from mindpet.graph.optimizers import OptimizerCallback, parameter_groups, wrap_optimizer
 from mindpet.graph.targets import find_targets
 
 __all__ = [
     "DeltaFileError",
     "MixedDeltas",
+    "OptimizerCallback",
     "TrainableParamsCheckPoint",
     "combine",
     "disable",

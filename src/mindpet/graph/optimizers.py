@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from mindspore import Parameter, Tensor, nn
 from mindspore.nn.learning_rate_schedule import LearningRateSchedule
+from mindspore.train import Callback, RunContext
 
 from mindpet import _checks
 from mindpet.delta.registry import method_of
@@ -88,6 +89,48 @@ def wrap_optimizer(network: nn.Cell, optimizer: nn.Optimizer, steps: int) -> nn.
         if make is not None:
             optimizer = make(optimizer, one.adapted, one.config, steps)
     return optimizer
+
+
+class OptimizerCallback(Callback):
+    """:func:`wrap_optimizer` for ``Model.train``: AdaLoRA's budget, for as many steps as there will be.
+
+    When training begins, before anything is compiled, it puts around the model's optimizer what the injected methods
+    do at each step. It sees neither gradients nor what the loss depends on, as no callback does: so the budget itself
+    is kept by the optimizer. Where no method asks for anything, it changes nothing. Training that goes on with the same
+    model goes on with its present budget.
+
+    Raises:
+        ValueError: when training begins: what :func:`wrap_optimizer` raises; the model has no optimizer; nothing is
+            injected into its network.
+
+    >>> import mindspore as ms
+    >>> from mindpet import AdaLoRAConfig, inject
+    >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), AdaLoRAConfig(rank=1, initial_rank=2, targets=["0"]))
+    >>> rows = ms.dataset.NumpySlicesDataset((np.eye(4, dtype=np.float32),) * 2, ["x", "y"]).batch(2)
+    >>> model = ms.train.Model(network, nn.MSELoss(), nn.Adam(network.trainable_params(), 0.001))
+    >>> model.train(10, rows, callbacks=[OptimizerCallback()], dataset_sink_mode=False)
+    >>> np.count_nonzero(network[0].mindpet_delta_adalora_e.asnumpy())
+    1
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._wrapped: nn.Optimizer | None = None
+
+    def on_train_begin(self, run_context: RunContext) -> None:
+        """Wrap the optimizer of the model that begins to train."""
+        known = run_context.original_args()
+        step = known.train_network
+        if not isinstance(getattr(step, "optimizer", None), nn.Optimizer):
+            raise ValueError(
+                f"For 'OptimizerCallback', the model must have an optimizer, but its {type(step).__name__} has none."
+            )
+        network = next((cell for _, cell in step.cells_and_names() if injections(cell)), None)
+        if network is None:
+            raise ValueError("For 'OptimizerCallback', nothing is injected into the model's network: inject first.")
+        if self._wrapped is not step.optimizer:
+            self._wrapped = wrap_optimizer(network, step.optimizer, known.epoch_num * known.batch_num)
+            step.optimizer = self._wrapped
 
 
 def rate_factors(network: nn.Cell) -> dict[str, float]:
