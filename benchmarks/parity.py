@@ -35,8 +35,6 @@ ENCODED = {"p_tuning": "p_tuning", "p_tuning_lstm": "p_tuning", "prefix_projecti
 OTHER_ORACLES = {  # what the tests hold a method against that is in neither library, or in another one
     "low_rank_adapter": "formula",
     "bitfit": "selects",
-    "lora_fa": "as lora",
-    "lora_plus": "as lora",
     "qlora": "bitsandbytes",
 }
 
@@ -55,6 +53,10 @@ def of_peft() -> dict[str, dict[str, dict[str, float]]]:
                     peft.differences(case, cell, Path(directory)),
                 )
         found.setdefault(method, {})[case] = error
+    for method in peft.VARIANTS:
+        with tempfile.TemporaryDirectory() as directory:
+            error = peft.differences_of_variant(method, peft.variant(method), Path(directory))
+        found[method] = {"query_value": error}
     return found
 
 

@@ -11,7 +11,7 @@ import pytest
 from mindspore import Tensor, nn, ops
 from safetensors.numpy import load_file, save_file
 
-from mindpet import AdapterConfig, BitFitConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
+from mindpet import METHODS, AdapterConfig, BitFitConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
 from mindpet.delta import LoRADense
 from mindpet.graph import eject, freeze_delta, merge
 from mindpet.graph.inject import injections
@@ -88,8 +88,12 @@ def test_logits_equal_those_of_peft(mode, case):
 
 def differences(case, cell, directory):
     """The largest difference from PEFT of the logits, and of the gradient of each parameter by its name there."""
+    assert sum(parameter.size for parameter in cell.trainable_params()) == EXPECTED[case]["trains"]
+    return differences_of_what_trains(case, cell, directory)
+
+
+def differences_of_what_trains(case, cell, directory):
     parameters = cell.trainable_params()
-    assert sum(parameter.size for parameter in parameters) == EXPECTED[case]["trains"]
     inputs = inputs_of(cell)
     causal = base_of(case) in LANGUAGE
     labels = inputs[0][:, 1:].reshape(-1) if causal else Tensor([0, 2], ms.int32)
@@ -117,6 +121,41 @@ def test_logits_what_trains_and_its_gradients_are_those_of_peft(mode, tmp_path, 
     found = differences(case, load_peft(network(case), GOLDEN / case), tmp_path)
     assert len(found) > 1
     assert {name: error for name, error in found.items() if not error <= 1e-5} == {}
+
+
+VARIANTS = {  # of LoRA, that differ in what trains or how fast: the names of its A and B there
+    "lora_fa": ("mindpet_delta_frozen_lora_fa_a", "mindpet_delta_lora_fa_b"),
+    "lora_plus": ("mindpet_delta_lora_a", "mindpet_delta_lora_b"),
+}
+
+
+def variant(method):
+    """A network with the LoRA of the case query_value as that method has it."""
+    plain, names = load_peft(network(), GOLDEN / "query_value"), VARIANTS[method]
+    config = injections(plain)[0].config
+    given = {"rank": config.rank, "alpha": config.alpha, "modules_to_save": ["classifier"]}
+    cell = inject(network(), METHODS[method].config(targets=["*.query", "*.value"], **given))
+    parameters = cell.parameters_dict()
+    for name, value in plain.parameters_and_names():
+        path, _, last = name.rpartition(".")
+        last = {"mindpet_delta_lora_a": names[0], "mindpet_delta_lora_b": names[1]}.get(last, last)
+        parameters[f"{path}.{last}"].set_data(value)
+    return cell
+
+
+@pytest.mark.parametrize("method", VARIANTS)
+def test_variants_of_lora_have_its_logits_and_its_gradients_where_they_train(mode, tmp_path, method):
+    cell = variant(method)
+    frozen = [name for name, p in cell.parameters_and_names() if "lora" in name and not p.requires_grad]
+    assert len(frozen) == (4 if method == "lora_fa" else 0)
+    found = differences_of_variant(method, cell, tmp_path)
+    assert len(found) == (7 if method == "lora_fa" else 11)
+    assert {name: error for name, error in found.items() if not error <= 1e-5} == {}
+
+
+def differences_of_variant(method, cell, directory):
+    found = differences_of_what_trains("query_value", cell, directory)
+    return {name: error for name, error in found.items() if method != "lora_fa" or ".lora_A." not in name}
 
 
 @pytest.mark.parametrize("case", mostly_exhaustive(CASES, *ALWAYS))
