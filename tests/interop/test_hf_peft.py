@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
 
-from mindpet import BitFitConfig, DoRAConfig, LoRAConfig, PrefixConfig, PTuning2Config, inject
+from mindpet import BitFitConfig, DoRAConfig, LoRAConfig, PrefixConfig, PTuning2Config, QLoRAConfig, inject
 from mindpet.interop import load_peft, save_peft
 from mindpet.models import BertForSequenceClassification
 
@@ -237,6 +237,29 @@ def test_what_was_trained_here_computes_the_same_in_peft_and_comes_back_bit_for_
         np.testing.assert_array_equal(theirs_again[name], value, err_msg=name)
     twice = (".modules_to_save.", ".original_module.")  # with bias="all" PEFT writes the bias of the head three times
     assert all(name in ours_again or any(part in name for part in twice) for name in theirs_again)
+
+
+@pytest.mark.parametrize("options", [{}, {"bits": "int8", "block_size": 16}, {"loftq_iterations": 2}])
+def test_qlora_is_peft_s_lora_beside_the_weights_that_its_codes_stand_for(mode, base, tmp_path, options):
+    network = trained_here(base, [QLoRAConfig(rank=4, alpha=6, targets=["*.query", "*.output.dense"], **options)])
+    expected = our_logits(network)
+    save_peft(network, tmp_path / "ours", base_model=str(base))
+    adapted = {path: cell for path, cell in network.cells_and_names() if hasattr(cell, "base_value")}
+    plain = theirs(base)
+    for path, cell in adapted.items():
+        plain.get_submodule(path).weight.data = torch.tensor(cell.base_value())
+    model = peft.PeftModel.from_pretrained(plain, tmp_path / "ours", is_trainable=True).eval()
+    assert len(adapted) == 6
+    np.testing.assert_allclose(their_logits(model), expected, atol=1e-5)
+    forward(model, labels=torch.tensor(LABELS)).loss.backward()
+    parameters = network.trainable_params()
+    arrays = [Tensor(array.astype(np.int32)) for array in (*batch(), LABELS)]
+    gradients = ops.grad(Loss(network), None, ms.ParameterTuple(parameters))(*arrays)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        path, _, last = parameter.name.rpartition(".")
+        layer = model.get_submodule(f"base_model.model.{path}")
+        there = {"mindpet_delta_lora_a": layer.lora_A, "mindpet_delta_lora_b": layer.lora_B}[last]["default"].weight
+        np.testing.assert_allclose(gradient.asnumpy(), there.grad.numpy(), atol=1e-5, err_msg=parameter.name)
 
 
 def tensors(directory):
