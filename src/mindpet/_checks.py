@@ -48,8 +48,8 @@ def positive_int(owner: str, name: str, value: Any) -> int:
     return int(value)
 
 
-def seed(owner: str, name: str, value: Any) -> int:
-    """An int from zero on that a random generator can start from."""
+def int_from_zero(owner: str, name: str, value: Any) -> int:
+    """An int from zero on, a seed for instance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"For '{owner}', '{name}' must be an int from 0 on, but got {shown(value)}.")
     if value < 0:
@@ -66,8 +66,9 @@ def boolean(owner: str, name: str, value: Any) -> bool:
 
 def choice(owner: str, name: str, value: Any, known: Sequence[str]) -> str:
     """One of a few names."""
-    if string(owner, name, value) not in known:
-        raise ValueError(
+    if not isinstance(value, str) or value not in known:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(
             f"For '{owner}', '{name}' must be one of {', '.join(known)}, but got {shown(value)}{near(value, known)}."
         )
     return value

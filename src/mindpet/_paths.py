@@ -9,10 +9,12 @@ def in_layers(path: str, layers: Sequence[int] | None) -> bool:
     >>> in_layers("encoder.layer.3.output.0", [3]), in_layers("classifier", [0]), in_layers("classifier", None)
     (True, False, True)
     """
-    if layers is None:
-        return True
-    numbers = [int(part) for part in path.split(".") if part.isdigit()]
-    return bool(numbers) and numbers[0] in layers
+    return layers is None or layer_of(path) in layers
+
+
+def layer_of(path: str) -> int | None:
+    """The first number in a path, None where there is none."""
+    return next((int(part) for part in path.split(".") if part.isdigit()), None)
 
 
 def forms_below(pattern: str) -> tuple[str, ...]:

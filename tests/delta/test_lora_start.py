@@ -154,7 +154,7 @@ def test_a_start_of_the_weight_can_be_made_by_hand():
     ("config", "options", "says"),
     [
         (LoRAConfig, {"start": "pisa"}, "'start' must be one of kaiming, .*did you mean 'pissa'"),
-        (LoRAConfig, {"start": 3}, "'start' must be a str"),
+        (LoRAConfig, {"start": 3}, "'start' must be one of kaiming, .*, but got 3"),
         (LoRAConfig, {"start": "orthogonal", "rank": 3}, "'rank' must be even for the start 'orthogonal', but got 3"),
         (LoRAConfig, {"start": "orthogonal", "rank_pattern": {"*": 5}}, "must be even"),
         (LoRAConfig, {"start": "pissa", "alpha": -1}, "'alpha' must be above 0 for the start 'pissa'"),

@@ -65,9 +65,28 @@ def test_a_target_of_another_kind_says_what_it_is():
         inject(Network(), LoRAConfig(targets=[nn.LayerNorm]))
 
 
-def test_excluding_everything_is_an_error():
-    with pytest.raises(ValueError, match="all of them are excluded"):
-        inject(Network(), LoRAConfig(targets=["*.query"], layers=[7]))
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"targets": ["*.query"], "layers": [7]}, r"'\*.query'; it matches cells in layers 0 to 2, none in 7$"),
+        ({"targets": ["layers.1.*"], "layers": [0, 2]}, r"it matches cells in layer 1, none in 0, 2$"),
+        (
+            {"layers": [7]},
+            r"adapt:\n  '\*.query'; .* none in 7\n  '\*.value'; .* none in 7$",
+        ),  # and no usual targets else
+        ({"targets": ["heads.*"], "layers": [7]}, "it matches heads.one, which is in no layer$"),
+        ({"targets": ["*.query"], "exclude": ["*.query"]}, r"'\*.query'; all of them are excluded"),
+        ({"targets": ["*.query"], "exclude": ["*.quer"]}, r"'\*.quer'; of 'exclude'; near it: layers.0.query$"),
+        ({"targets": ["*.query"], "rank_pattern": {"query": 4}}, r"'query'; of 'rank_pattern'; a pattern is for whole"),
+        (
+            {"targets": ["query"]},
+            r"'query'; a pattern is for whole paths: '\*.query' matches layers.0.query and 2 more$",
+        ),
+    ],
+)
+def test_a_pattern_that_leaves_nothing_says_why(options, says):
+    with pytest.raises(ValueError, match=says):
+        inject(Network(), LoRAConfig(**options))
 
 
 def test_the_dry_run_is_what_inject_does():

@@ -42,7 +42,7 @@ class FourierFTConfig(DeltaConfig):
         owner = type(self).__name__
         _checks.positive_int(owner, "frequencies", self.frequencies)
         _checks.non_zero_number(owner, "scaling", self.scaling)
-        _checks.seed(owner, "seed", self.seed)
+        _checks.int_from_zero(owner, "seed", self.seed)
         _checks.boolean(owner, "start_at_zero", self.start_at_zero)
 
 

@@ -123,10 +123,12 @@ class RankedConfig(DeltaConfig):
         owner = type(self).__name__
         for name in ("rank_pattern", "alpha_pattern"):
             _checks.table(owner, name, getattr(self, name))
-        for rank in (self.rank, *self.rank_pattern.values()):
-            _checks.positive_int(owner, "rank", rank)
-        for alpha in (self.alpha, *self.alpha_pattern.values()):
-            _checks.non_zero_number(owner, "alpha", alpha)
+        _checks.positive_int(owner, "rank", self.rank)
+        _checks.non_zero_number(owner, "alpha", self.alpha)
+        for pattern, rank in self.rank_pattern.items():
+            _checks.positive_int(owner, f"rank_pattern[{pattern}]", rank)
+        for pattern, alpha in self.alpha_pattern.items():
+            _checks.non_zero_number(owner, f"alpha_pattern[{pattern}]", alpha)
 
     def at(self, path: str) -> "Self":
         """With the rank and the alpha of the cell at `path`."""

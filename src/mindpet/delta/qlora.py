@@ -53,12 +53,8 @@ class QLoRAConfig(LoRAConfig):
         if _checks.positive_int(owner, "block_size", self.block_size) % 2:
             raise ValueError(f"For '{owner}', 'block_size' must be even, but got {_checks.shown(self.block_size)}.")
         _checks.boolean(owner, "double_quantisation", self.double_quantisation)
-        if self.loftq_iterations != 0:
-            _checks.positive_int(owner, "loftq_iterations", self.loftq_iterations)
-            if self.start != "kaiming":
-                raise ValueError(
-                    f"For '{owner}', 'loftq_iterations' is a start itself: leave 'start' {self.start!r} out."
-                )
+        if _checks.int_from_zero(owner, "loftq_iterations", self.loftq_iterations) and self.start != "kaiming":
+            raise ValueError(f"For '{owner}', 'loftq_iterations' is a start itself: leave 'start' {self.start!r} out.")
 
 
 class QLoRADense(LoRADense):

@@ -45,7 +45,7 @@ class RandLoRAConfig(DeltaConfig):
         owner = type(self).__name__
         _checks.positive_int(owner, "rank", self.rank)
         _checks.non_zero_number(owner, "alpha", self.alpha)
-        _checks.seed(owner, "seed", self.seed)
+        _checks.int_from_zero(owner, "seed", self.seed)
         _checks.boolean(owner, "sparse", self.sparse)
         _checks.boolean(owner, "very_sparse", self.very_sparse)
 

@@ -40,7 +40,7 @@ class SHiRAConfig(DeltaConfig):
         if self.mask not in ("random", "magnitude"):
             raise ValueError(f"For '{owner}', 'mask' must be 'random' or 'magnitude', but got {self.mask!r}.")
         if self.seed is not None:
-            _checks.seed(owner, "seed", self.seed)
+            _checks.int_from_zero(owner, "seed", self.seed)
 
 
 class SHiRADense(ReweightedDense):

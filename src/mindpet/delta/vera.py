@@ -44,7 +44,7 @@ class VeRAConfig(DeltaConfig):
         _checks.positive_int(owner, "rank", self.rank)
         _checks.rate(owner, "dropout", self.dropout, allow_int=True)
         _checks.non_zero_number(owner, "d_initial", self.d_initial)
-        _checks.seed(owner, "seed", self.seed)
+        _checks.int_from_zero(owner, "seed", self.seed)
 
 
 class VeRADense(BranchDense):

@@ -115,11 +115,18 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     misses = dict(report.misses)
     for pattern in config.exclude:
         if not any(fnmatchcase(path, pattern) for path in candidates):
-            misses[pattern] = near_hint(pattern, candidates)
+            misses[pattern] = _said(near_hint(pattern, candidates), "exclude")
     for pattern in config.patterns():
         if not any(fnmatchcase(path, pattern) for path in matched):
-            misses[pattern] = near_hint(pattern, list(matched))
+            options = ("rank_pattern", "alpha_pattern", "feedforward")
+            option = next((name for name in options if pattern in (getattr(config, name, None) or ())), "")
+            misses[pattern] = _said(near_hint(pattern, list(matched)), option)
     return TargetReport(matched, misses)
+
+
+def _said(hint: str, option: str) -> str:
+    """What a pattern may have meant, and of which option it is, if that is not `targets`."""
+    return "; ".join(part for part in (f"of '{option}'" if option else "", hint) if part)
 
 
 def inject(network: nn.Cell, config: DeltaConfig) -> nn.Cell:

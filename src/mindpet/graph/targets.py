@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from mindspore import nn
 
 from mindpet import _checks, _compat
-from mindpet._paths import in_layers
+from mindpet._paths import in_layers, layer_of
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def find_targets(
     if not need_all and any(hits.values()):
         misses = {}
     if not matched and not misses:
-        misses = {str(pattern): "all of them are excluded or in other layers" for pattern in wanted}
+        misses = {str(pattern): _left_out(paths, layers) for pattern, paths in hits.items() if paths}
     return TargetReport(matched, misses)
 
 
@@ -110,8 +110,23 @@ def _others(pattern: str | type, everything: dict[str, nn.Cell]) -> str:
     return f"it matches {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" if found else ""
 
 
+def _left_out(paths: list[str], layers: Sequence[int] | None) -> str:
+    """Why nothing is left of what a pattern matched."""
+    if layers is None or any(in_layers(path, layers) for path in paths):
+        return "all of them are excluded or in other layers"
+    numbers = sorted({number for number in map(layer_of, paths) if number is not None})
+    if not numbers:
+        return f"it matches {paths[0]}, which is in no layer"
+    there = f"layers {numbers[0]} to {numbers[-1]}" if len(numbers) > 1 else f"layer {numbers[0]}"
+    return f"it matches cells in {there}, none in {', '.join(map(str, layers))}"
+
+
 def near_hint(pattern: str, paths: Sequence[str] | dict) -> str:
-    """Up to three paths that a misspelt pattern may have meant: the last names are compared."""
+    """What a pattern may have meant: the end of paths, or up to three paths with last names like its own."""
+    ends = [path for path in paths if fnmatchcase(path, f"*.{pattern}")]
+    if ends:
+        more = f" and {len(ends) - 1} more" if ends[1:] else ""
+        return f"a pattern is for whole paths: '*.{pattern}' matches {ends[0]}{more}"
     tail = pattern.replace("*", "").strip(".").split(".")[-1]
     tails: dict[str, str] = {}
     for path in paths:
