@@ -95,17 +95,23 @@ OPTIONS = {  # beside those of the contract tests
     "boft": [{"block_size": 4}, {"blocks": 4, "block_size": 0}],
     "compacter": [{"low_rank": False}, {"shared": False}, {"rank": 3, "phm_dim": 4, "size": 8}],
     "dora": [{"rank": 5}],
-    "hra": [{"rank": 5}],
+    "hra": [{"rank": 5}, {"rank": 3, "gram_schmidt": True}],
     "ia3": [{"feedforward": None}],
     "loha": [{"rank": 5}],
-    "lokr": [{"rank": 1}, {"decompose_factor": 2}],
+    "lokr": [{"rank": 1}, {"rank": 8}, {"decompose_factor": 2}, {"decompose_both": True, "rank": 1}],
     "lora": [{"rank": 5}, {"rank_pattern": {"feed.*": 3}}, {"start": "pissa"}],
     "low_rank_adapter": [{"reduction_factor": 2, "rank": 3}],
     "miss": [{"rank": 5}],
-    "oft": [{"block_share": True}, {"terms": 7, "block_size": 4}],
-    "p_tuning": [{"encoder_hidden": 6}],
+    "oft": [{"block_share": True}, {"terms": 7, "block_size": 4}, {"cayley_neumann": False}],
+    "p_tuning": [{"encoder_hidden": 6}, *({"encoder": "lstm", "encoder_layers": layers} for layers in (1, 2))],
+    "prefix": [{"projection": False}],
+    "ptuning2": [{"projection": True}],
     "parallel_adapter": [{"size": 7}],
-    "qlora": [{"double_quantisation": False}, {"bits": "int8", "block_size": 8, "double_quantisation": False}],
+    "qlora": [
+        {"double_quantisation": False},
+        {"block_size": 100},
+        {"bits": "int8", "block_size": 8, "double_quantisation": False},
+    ],
     "randlora": [{"rank": 5}],
     "vera": [{"rank": 5}],
 }
@@ -115,7 +121,7 @@ def cases():
     for method in METHODS.values():
         for kind in method.adapt:
             yield pytest.param(method, kind, {}, id=f"{method.name}-{kind.__name__}")
-            for options in OPTIONS.get(method.name, ()) if kind in (nn.Dense, PromptSlot) else ():
+            for options in OPTIONS.get(method.name, ()) if kind in (nn.Dense, PromptSlot, PrefixSlot) else ():
                 words = ",".join(f"{name}={value}" for name, value in options.items())
                 yield pytest.param(method, kind, options, id=f"{method.name}-{kind.__name__}-{words}")
 
@@ -126,7 +132,7 @@ def test_the_cost_in_the_docstring_is_what_it_is(method, kind, options):
     network = place.build()
     given = replace(config(method), targets=[place.path], **options)
     cell = dict(inject(network, given).cells_and_names())[place.path]
-    formulas = cost_of(cell)
+    formulas = cost_of(cell, given)
     names = names_in_formulas(method, place, given.at(place.path), cell)
     assert value_of(formulas.pop("parameters"), names) == sum(p.size for p in network.trainable_params())
     assert formulas, f"{type(cell).__name__} does not say how many floating-point operations it costs"
@@ -146,16 +152,34 @@ def work_of_a_reader(seq):
     return work_of(Reader(), text(seq)) / TEXTS
 
 
-def cost_of(cell):
+HEADS = {  # of the costs of a cell that has several, to whether a configuration means it
+    "with an MLP": lambda given: given.encoder == "mlp",
+    "with an LSTM of L layers": lambda given: given.encoder == "lstm",
+    "with a projection": lambda given: given.projection,
+    "without a projection": lambda given: not given.projection,
+    "with the size of the bottleneck": lambda given: True,
+    "": lambda given: True,
+}
+
+
+def cost_of(cell, given):
     """Formulas by what they are of: parameters, or operations for a row, a place, a text or a call."""
     for kind in type(cell).__mro__:
-        said = " ".join((kind.__doc__ or "").partition("Cost")[2].split())
-        if said:
-            parameters = re.search(r"``([^`]+)`` parameters", said)
-            work = re.findall(r"``([^`]+)`` (?:floating-point operations )?a (row|place|text|call)\b", said)
+        said = " ".join((kind.__doc__ or "").split())
+        costs = re.findall(r"Cost(?:, ([^:]+))?: (.*?)(?=Cost, |$)", said)
+        if costs:
+            (told,) = [told for head, told in costs if HEADS[head](given)]
+            parameters = re.search(r"``([^`]+)`` parameters", told)
+            work = re.findall(r"``([^`]+)`` (?:floating-point operations )?a (row|place|text|call)\b", told)
+            if "as many operations a text" in told:
+                work += [(formula, unit) for formula, unit in cost_of_first(costs) if unit == "text"]
             assert parameters, f"{kind.__name__} does not say how many parameters it costs"
             return {"parameters": parameters[1], **{unit: formula for formula, unit in work}}
     raise AssertionError(f"{type(cell).__name__} does not say what it costs")
+
+
+def cost_of_first(costs):
+    return re.findall(r"``([^`]+)`` (?:floating-point operations )?a (row|place|text|call)\b", costs[0][1])
 
 
 def names_in_formulas(method, place, given, cell):
@@ -174,6 +198,9 @@ def names_in_formulas(method, place, given, cell):
         names["k"] = cell.mindpet_delta_oft_q.shape[0]
     if method.name == "lokr":
         (names["l"], names["m"]), (names["k"], names["n"]) = cell.left, cell.right
+        names |= {"low_left": cell.low_left, "low_right": cell.low_right}
+    if method.name == "p_tuning":
+        names["L"] = given.encoder_layers
     return names
 
 

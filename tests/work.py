@@ -19,7 +19,7 @@ _SUMS = {"ReduceSum", "SumExt"}
 _NONE = {
     *("Load", "MakeTuple", "TupleGetItem", "UpdateState", "Depend", "StopGradient", "Return"),
     *("Cast", "Reshape", "ExpandDims", "Squeeze", "Transpose", "Concat", "Stack", "StridedSlice", "Split", "Tile"),
-    *("BroadcastTo", "Gather", "ScatterNd", "Eye", "Real", "Select"),
+    *("BroadcastTo", "Gather", "ScatterNd", "Eye", "Real", "Select", "ReverseV2"),
     *("GeLU", "ReLU", "Tanh", "Softmax"),  # no activation is counted
 }
 
@@ -53,6 +53,9 @@ def _shapes(text: str) -> list[tuple[int, ...]]:
 
 
 def _work(kind: str, given: list[tuple[int, ...]], made: list[tuple[int, ...]]) -> int:
+    if kind == "LSTM":  # of one layer and direction: its products, without the biases of its four gates and these
+        (tokens, batch, _), (_, _, hidden), _, weights = given
+        return 2 * tokens * batch * (math.prod(weights) - 4 * hidden)
     if kind in _NONE or not made:
         return 0
     size = math.prod(made[0])

@@ -150,14 +150,30 @@ def test_the_callback_gives_the_budget_for_as_many_steps_as_there_will_be(mode, 
     inner = [nn.Adam(cell.trainable_params(), 0.01) for cell in cells]
     wrapped = ms.train.Model(cells[0], nn.MSELoss(), wrap_optimizer(cells[0], inner[0], STEPS))
     wrapped.train(epochs, rows_of(STEPS // epochs), dataset_sink_mode=False)
-    model, callback = ms.train.Model(cells[1], nn.MSELoss(), inner[1]), OptimizerCallback()
-    data = rows_of(STEPS // epochs)
-    model.train(epochs, data, callbacks=callback, dataset_sink_mode=False)
+    model, data = ms.train.Model(cells[1], nn.MSELoss(), inner[1]), rows_of(STEPS // epochs)
+    model.train(epochs, data, callbacks=OptimizerCallback(), dataset_sink_mode=False)
     for one, other in zip(cells[0].get_parameters(), cells[1].get_parameters()):
         np.testing.assert_array_equal(one.asnumpy(), other.asnumpy(), err_msg=one.name)
-    model.train(1, data, callbacks=callback, dataset_sink_mode=False)  # goes on, with what is left
-    assert inner[1].global_step.asnumpy() == STEPS + STEPS // epochs
+    for _ in range(2):  # goes on, with what is left
+        model.train(1, data, callbacks=OptimizerCallback(), dataset_sink_mode=False)
+    assert inner[1].global_step.asnumpy() == STEPS + 2 * (STEPS // epochs)
     assert sum(np.count_nonzero(cells[1][at].mindpet_delta_adalora_e.asnumpy()) for at in (0, 2)) == 2
+
+
+def test_the_callback_works_on_a_model_that_has_trained_without_it_or_with_a_wrapped_optimizer(mode):
+    cell, data = network(), rows_of(STEPS)
+    model = ms.train.Model(cell, nn.MSELoss(), nn.Adam(cell.trainable_params(), 0.01))
+    model.train(1, data, dataset_sink_mode=False)
+    model.train(1, data, callbacks=OptimizerCallback(), dataset_sink_mode=False)
+    assert sum(np.count_nonzero(cell[at].mindpet_delta_adalora_e.asnumpy()) for at in (0, 2)) == 2
+    cell = network()
+    optimizer = wrap_optimizer(cell, nn.Adam(cell.trainable_params(), 0.01), STEPS)
+    model = ms.train.Model(cell, nn.MSELoss(), optimizer)
+    model.train(1, rows_of(STEPS), callbacks=OptimizerCallback(), dataset_sink_mode=False)
+    assert optimizer.step.asnumpy() == STEPS
+    assert sum(np.count_nonzero(cell[at].mindpet_delta_adalora_e.asnumpy()) for at in (0, 2)) == 2
+    with pytest.raises(ValueError, match="'optimizer' is wrapped already"):
+        wrap_optimizer(cell, optimizer, STEPS)
 
 
 def test_the_callback_says_what_it_cannot_work_with():

@@ -107,11 +107,12 @@ def test_boft_is_its_formula(mode, rng, block, factors):
     [
         (OFTDense, lambda: OFTConfig(block_size=3), "'block_size' must divide 8, .*, but got 3: .* are 2 and 4"),
         (OFTDense, lambda: OFTConfig(blocks=5), "'blocks' must divide 8, the size of the input, but got 5"),
-        (OFTDense, lambda: OFTConfig(block_size=1), "blocks of size 1 have no rotation"),
+        (OFTDense, lambda: OFTConfig(block_size=1), "blocks of size 1 have no rotation: .* than block_size=1"),
+        (BOFTDense, lambda: BOFTConfig(blocks=8), "blocks of size 1 have no rotation: .* than blocks=8"),
         (OFTDense, lambda: OFTConfig(blocks=2, block_size=4), "'block_size' and 'blocks' cannot both be given"),
         (OFTDense, lambda: OFTConfig(terms=3), "'terms' must be at least 4, but got 3"),
         (BOFTDense, lambda: BOFTConfig(blocks=-1), "'blocks' must be a positive int, but got -1"),
-        (BOFTDense, lambda: BOFTConfig(block_size=1, butterfly_factors=2), "blocks of an even size"),
+        (BOFTDense, lambda: BOFTConfig(block_size=1, butterfly_factors=2), "have no rotation"),
         (BOFTDense, lambda: BOFTConfig(block_size=4, butterfly_factors=3), "4 of them or a multiple"),
     ],
 )

@@ -405,6 +405,29 @@ def test_peft_gets_a_and_b(tmp_path):
     assert isinstance(vars(plain)["mindpet_injections"][0].config, LoRAConfig)
 
 
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({}, "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True"),
+        ({"loftq_iterations": 1, "double_quantisation": False}, "bnb_4bit_use_double_quant=False"),
+        ({"bits": "int8"}, "bitsandbytes has no weights of bits='int8' in blocks of 64"),
+        ({"block_size": 32}, "bitsandbytes has no weights of bits='nf4' in blocks of 32"),
+    ],
+)
+def test_the_weights_that_peft_has_to_load_are_told(tmp_path, caplog, options, says):
+    cell = mindpet.inject(nn.SequentialCell(nn.Dense(64, 4)), QLoRAConfig(rank=2, targets=["0"], **options))
+    mindpet.save_peft(cell, tmp_path)
+    assert says in caplog.text
+
+
+def test_weights_that_are_in_no_file_are_not_left_to_peft(tmp_path):
+    config = QLoRAConfig(rank=2, targets=["0"], loftq_iterations=2)
+    cell = mindpet.inject(nn.SequentialCell(nn.Dense(64, 4)), config)
+    with pytest.raises(mindpet.interop.PeftFormatError, match="loftq_iterations=2 .* in no file that PEFT could load"):
+        mindpet.save_peft(cell, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
 # ---- LoftQ
 
 

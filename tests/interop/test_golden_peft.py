@@ -68,6 +68,7 @@ def edited(tmp_path):
         save_file(change(tensors(directory)), directory / "adapter_model.safetensors", {"format": "pt"})
         return directory
 
+    edit.folder = tmp_path / "edited"
     return edit
 
 
@@ -300,6 +301,40 @@ def test_configurations_that_are_refused(edited, config, says):
     with pytest.raises(PeftFormatError, match=says):
         load_peft(cell, edited(config=config))
     assert {parameter.name for parameter in cell.get_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("case", "config"),
+    [
+        ("miss", {"init_weights": False}),
+        ("oft", {"oft_block_size": 3}),  # divides none of the sizes: PEFT took 4 then
+        ("boft", {"boft_n_butterfly_factor": 2}),  # without its kernel PEFT makes one and says two
+    ],
+)
+def test_what_peft_makes_of_its_configuration_is_seen_in_the_file(edited, case, config):
+    before = json.loads((GOLDEN / case / "adapter_config.json").read_text())
+    assert all(before[key] != value for key, value in config.items())
+    np.testing.assert_allclose(logits(load_peft(network(), edited(case, config))), EXPECTED[case]["logits"], atol=1e-5)
+
+
+def test_three_terms_of_oft_are_four(edited):
+    cell = load_peft(network(), edited("oft", {"num_cayley_neumann_terms": 3}))
+    assert injections(cell)[0].config.terms == 4
+
+
+def test_dropout_travels_or_is_told_of(edited, caplog):
+    cell = load_peft(network(), edited("miss", {"miss_dropout": 0.3}))
+    assert injections(cell)[0].config.dropout == 0.3
+    assert not caplog.text
+    shutil.rmtree(edited.folder)
+    load_peft(network(), edited("randlora", {"randlora_dropout": 0.2}))
+    assert "randlora_dropout is 0.2 there" in caplog.text
+
+
+@pytest.mark.parametrize("bias", ["hra_only", "lora_only"])
+def test_a_methods_own_name_for_its_biases_is_read(edited, bias):
+    with pytest.raises(PeftFormatError, match="missing in the file: .*query.bias"):
+        load_peft(network(), edited("hra", {"bias": bias}))
 
 
 @pytest.mark.parametrize("pattern", [r"(\w+\.?)+!", r"(?:.*\.)*(query|value)"])

@@ -141,8 +141,8 @@ class AdapterDense(ComputeDense):
 
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{AdapterLayer}(h)
 
-    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost, with the
-    bottleneck's size: ``2 * out * size + out + size`` parameters and ``4 * out * size + 2 * out + size`` floating-point
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost, with the size of the
+    bottleneck: ``2 * out * size + out + size`` parameters and ``4 * out * size + 2 * out + size`` floating-point
     operations a row.
 
     Args:

@@ -6,7 +6,7 @@
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -106,6 +106,14 @@ class BOFTDense(ChangedInputDense):
         return self.mindpet_delta_boft_s.astype(mstype.float32) * (weight + super().delta_weight()) - weight
 
 
+def _unpack(content: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """With the number of factors that the file has: PEFT makes one where it has no kernel for more."""
+    factors = {len(value) for name, value in tensors.items() if name.endswith("boft_R") and value.ndim}
+    if len(factors) == 1:
+        content["boft_n_butterfly_factor"] = factors.pop()
+    return tensors
+
+
 METHOD = Method(
     name="boft",
     config=BOFTConfig,
@@ -123,5 +131,6 @@ METHOD = Method(
             "boft_n_butterfly_factor": "butterfly_factors",
         },
         free=("boft_dropout", "init_weights"),
+        unpack=_unpack,
     ),
 )

@@ -45,9 +45,10 @@ class HRADense(ChangedInputDense):
     Shapes: x ``(..., in)``, W ``(out, in)``, U = (u_1 ... u_r) ``(in, rank)``, y ``(..., out)``. Of the columns of U
     each even one starts as the odd one before it: two equal reflections are none, so with an even rank the layer
     starts as the dense layer it replaces. The product is kept as I - P Q^T, with the unit vectors in Q and
-    p_i = 2 H_1 ... H_(i-1) q_i, so that a row of the input costs two thin products. Cost: ``rank * in`` parameters
-    and ``(4 * rank + 1) * in`` floating-point operations a row and ``(2 * rank**2 + 3 * rank - 1) * in + rank`` a call,
-    to which `gram_schmidt` adds.
+    ``P = Q (I / 2 + the part of Q^T Q above its diagonal)^-1``, so that a row of the input costs two thin products; of
+    orthogonal vectors P is 2 Q, and of others with the same span ``2 Q (Q^T Q)^-1``. Cost: ``rank * in`` parameters,
+    ``(4 * rank + 1) * in`` floating-point operations a row and, of a rank above 1,
+    ``(4 * rank + 3) * rank * in + (2 * rank + 2 - gram_schmidt) * rank**2 + rank`` a call.
 
     >>> from mindspore import ops
     >>> layer = HRADense.from_dense(nn.Dense(6, 4), HRAConfig(rank=2))
@@ -67,6 +68,8 @@ class HRADense(ChangedInputDense):
                 f"For 'HRAConfig', with 'gram_schmidt' 'rank' must be at most {dense.in_channels}, the size of the "
                 f"input, but got {config.rank}."
             )
+        layer.above = Tensor(np.triu(np.ones((config.rank, config.rank), np.float32), 1))
+        layer.half = Tensor(0.5 * np.eye(config.rank, dtype=np.float32))
         pairs = config.rank % 2 == 0 and not config.gram_schmidt
         columns = config.rank // 2 if pairs else config.rank
         bound = 1 / math.sqrt(columns)  # PEFT's: it takes the columns for the size of the input
@@ -78,16 +81,13 @@ class HRADense(ChangedInputDense):
     def thin_factors(self):
         """P and Q of R^T = H_1 ... H_r = I - P Q^T, in float32: (in, rank) each."""
         columns = self.mindpet_delta_hra_u.astype(mstype.float32)
-        unit = columns[:, 0:1] / ops.norm(columns[:, 0:1])  # Q: (in, 1), and later columns beside it
-        thin = 2 * unit  # P
-        for index in range(1, self.rank):
-            column = columns[:, index : index + 1]
-            if self.gram_schmidt:
-                column = column - unit @ (unit.T @ column)
-            column = column / ops.norm(column)
-            image = column - thin @ (unit.T @ column)  # H_1 ... H_(i-1) q_i
-            thin, unit = ops.cat((thin, 2 * image), 1), ops.cat((unit, column), 1)
-        return thin, unit
+        unit = columns / ops.sqrt(ops.square(columns).sum(0, keepdims=True))  # Q
+        if self.rank == 1:  # MindSpore inverts no single number
+            return 2 * unit, unit
+        products = unit.T @ unit  # (rank, rank)
+        if self.gram_schmidt:
+            return unit @ (2 * ops.inverse(products)), unit
+        return unit @ ops.inverse(products * self.above + self.half), unit
 
     def changed_input(self, rows):
         """The product x H_r ... H_1 = x - x Q P^T: (rows, in) -> (rows, in)."""

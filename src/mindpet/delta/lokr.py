@@ -54,9 +54,11 @@ class LoKrDense(BranchDense):
 
     Shapes: x ``(..., in)``, W ``(out, in)``, W1 ``(l, m)``, W2 ``(k, n)`` with ``out = l k`` and ``in = m n``, B2
     ``(k, rank)``, A2 ``(rank, n)``, y ``(..., out)``. W1 or its B1 starts at zero, so the layer starts as the dense
-    layer it replaces. Cost: ``factors(out, in, rank, decompose_both, decompose_factor).size`` parameters, which is
-    ``l m + rank (k + n)``, and ``2 * m * (rank * (k + n) + l * k) + 2 * out`` floating-point operations a row: W1 ⊗ W2
-    is not formed.
+    layer it replaces. A factor that is smaller than the rank would make it is kept whole, as W2 then, and W1 is kept
+    whole without `decompose_both`. Cost: ``factors(out, in, rank, decompose_both, decompose_factor).size`` parameters,
+    usually l m + rank (k + n), and, since W1 ⊗ W2 is not formed, ``2 * m * (rank * (k + n) if low_right else k * n)
+    + 2 * k * (rank * (l + m) if low_left else l * m) + 2 * out`` floating-point operations a row, with low_left and
+    low_right for whether W1 and W2 are products of two.
 
     >>> layer = LoKrDense.from_dense(nn.Dense(6, 4), LoKrConfig(rank=1))
     >>> layer(ops.ones((3, 5, 6))).shape, layer.mindpet_delta_lokr_w1.shape, layer.mindpet_delta_lokr_w2_b.shape

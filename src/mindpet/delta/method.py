@@ -192,6 +192,7 @@ class PeftNames:
             need not have all of them. Axes of size 1 may be more or fewer there.
         options: key of ``adapter_config.json`` to the attribute of the configuration here.
         fixed: key to the only value that computes what is computed here. It is written; another one is refused.
+        alike: key of `fixed` to further values that compute the same.
         free: keys that are of no importance to a trained adapter: how it is started, trained, saved.
         turned: those of the tensors that are transposed there.
         shared: names of tensors that all modules share, without a path before them, to the parameter's name here.
@@ -210,6 +211,7 @@ class PeftNames:
     tensors: Mapping[str, str]
     options: Mapping[str, str]
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    alike: Mapping[str, tuple] = field(default_factory=dict)
     free: tuple[str, ...] = ()
     turned: tuple[str, ...] = ()
     shared: Mapping[str, str] = field(default_factory=dict)

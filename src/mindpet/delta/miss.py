@@ -96,8 +96,9 @@ METHOD = Method(
     peft=PeftNames(
         "MISS",
         tensors={"miss_block": "mindpet_delta_miss_block"},
-        options={"r": "rank"},
+        options={"r": "rank", "miss_dropout": "dropout"},
         fixed={"init_weights": True},  # "bat" and "mini" are other deltas
-        free=("mini_r", "miss_dropout"),
+        alike={"init_weights": (False,)},  # another start
+        free=("mini_r",),
     ),
 )

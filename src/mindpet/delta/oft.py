@@ -6,10 +6,13 @@ arXiv:2506.19847, section 4.
 ::
 
     x ── R = diag(R_1 ... R_k) ── W (frozen) ── + b ── σ ── y        R_i = (I - Q_i)(I + Q_i)^-1,  Q_i^T = -Q_i
+
+The series is that of (I + Q_i)(I - Q_i)^-1, the transpose of the above, as in PEFT: the same Q turns the other way.
 """
 
+import math
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from mindspore import Tensor, nn, ops
@@ -62,6 +65,10 @@ class BlockConfig(DeltaConfig):
                 f"For '{type(self).__name__}', '{name}' must divide {size}, the size of the input, but got {given}: "
                 f"the nearest that do are {' and '.join(map(str, near[:2]))}."
             )
+        if given == (1 if self.block_size else size):
+            raise ValueError(
+                f"For '{type(self).__name__}', blocks of size 1 have no rotation: give larger ones than {name}={given}."
+            )
         return (size // given, given) if self.block_size else (given, size // given)
 
 
@@ -71,7 +78,7 @@ class OFTConfig(BlockConfig):
 
     Attributes:
         block_share: the same rotation in all blocks of a layer.
-        cayley_neumann: the series in place of the inverse: faster, and orthogonal only about Q = 0.
+        cayley_neumann: a series in place of the inverse: faster, orthogonal only about Q = 0, and the other way round.
         terms: how many of them, the identity included; 4 at least.
     """
 
@@ -112,12 +119,13 @@ class OFTDense(ChangedInputDense):
     .. math:: y = \sigma(x R W^T + b), \qquad R = \mathrm{diag}(R_1 \dots R_k), \qquad R_i = (I - Q_i)(I + Q_i)^{-1}
 
     Shapes: x ``(..., in)``, W ``(out, in)``, Q_i ``(size, size)`` and skew-symmetric, kept as its entries above the
-    diagonal, ``(blocks, size (size - 1) / 2)``, y ``(..., out)``. With `cayley_neumann` and t terms R_i is
-    ``I + 2 Q + 2 Q^2 + ... + 2 Q^(t-2) + Q^(t-1)``. Q starts at zero and R at the identity, so the layer starts as the
+    diagonal, ``(blocks, size (size - 1) / 2)``, y ``(..., out)``. That is R_i without `cayley_neumann`. With it, and t
+    terms, R_i is ``I + 2 Q + 2 Q^2 + ... + 2 Q^(t-2) + Q^(t-1)``, about ``(I + Q)(I - Q)^-1``: a rotation the other
+    way, so that Q of one are not for the other. Q starts at zero and R at the identity, so the layer starts as the
     dense layer it replaces. Cost:
     ``(1 if block_share else blocks or in // block_size) * size * (size - 1) // 2`` parameters,
-    ``2 * in * size`` floating-point operations a row and, with k blocks,
-    ``((2 * size + 2) * (terms - 2) + 2) * k * size**2`` a call.
+    ``2 * in * size`` floating-point operations a row and, with k different blocks,
+    ``((2 * size + 2) * (terms - 2) + 2 if cayley_neumann else 2 * size + 4) * k * size**2`` a call.
 
     >>> from mindspore import ops
     >>> layer = OFTDense.from_dense(nn.Dense(6, 4), OFTConfig(block_size=3))
@@ -133,8 +141,6 @@ class OFTDense(ChangedInputDense):
         layer = cls.borrow(dense)
         blocks, size = config.blocks_of(dense.in_channels)
         entries = size * (size - 1) // 2
-        if not entries:
-            raise ValueError("For 'OFTConfig', blocks of size 1 have no rotation: give larger ones.")
         layer.size, layer.terms = size, config.terms if config.cayley_neumann else 0
         layer.add_delta("mindpet_delta_oft_q", "zeros", 1 if config.block_share else blocks, entries)
         place = np.zeros((size, size), np.int32)  # of each entry of Q above the diagonal, row by row
@@ -161,6 +167,17 @@ class OFTDense(ChangedInputDense):
         return turn_blocks(rows, self.rotations().astype(rows.dtype))
 
 
+def _unpack(content: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
+    """With the size of blocks that the file has: PEFT takes one near it where the one that is given does not divide."""
+    entries = {value.shape[-1] for name, value in tensors.items() if name.endswith("oft_R.weight") and value.ndim}
+    size = (1 + math.isqrt(1 + 8 * entries.pop())) // 2 if len(entries) == 1 else 0
+    if size and content.get("oft_block_size"):
+        content["oft_block_size"] = size
+    if content.get("num_cayley_neumann_terms") == 3:  # which computes four there
+        content["num_cayley_neumann_terms"] = 4
+    return tensors
+
+
 METHOD = Method(
     name="oft",
     config=OFTConfig,
@@ -181,5 +198,6 @@ METHOD = Method(
         },
         fixed={"coft": False},
         free=("eps", "init_weights", "module_dropout"),
+        unpack=_unpack,
     ),
 )

@@ -161,8 +161,9 @@ class PrefixTuning(PrefixSlot):
     Returns, for each layer, the pair (key, value), each ``(tokens, heads, head_dim)``. Cost, with a projection:
     ``layers * (tokens * embed_dim + (embed_dim + 1) * mid_dim + (mid_dim + 1) * 2 * hidden)`` parameters,
     ``layers * 4 * tokens * hidden`` floating-point operations a row, of which each position of the text is one, and
-    ``layers * tokens * ((2 * embed_dim + 1) * mid_dim + (2 * mid_dim + 1) * 2 * hidden)`` a call. Without: ``layers * 2
-    * tokens * hidden`` parameters, and nothing for a call.
+    ``layers * tokens * ((2 * embed_dim + 1) * mid_dim + (2 * mid_dim + 1) * 2 * hidden)`` a call. Cost, without a
+    projection: ``layers * 2 * tokens * hidden`` parameters and ``layers * 4 * tokens * hidden`` floating-point
+    operations a row.
     """
 
     delta_method = "prefix"

@@ -172,7 +172,10 @@ class PTuning2(PrefixSlot):
 
     Returns, for each layer, the pair (key, value), each ``(tokens, heads, head_dim)``. Cost, without a projection:
     ``layers * 2 * tokens * hidden`` parameters and ``layers * 4 * tokens * hidden`` floating-point operations a row, of
-    which each position of the text is one.
+    which each position of the text is one. Cost, with a projection:
+    ``tokens * hidden + (hidden + 1) * projection_dim + (projection_dim + 1) * layers * 2 * hidden`` parameters,
+    ``layers * 4 * tokens * hidden`` floating-point operations a row and
+    ``tokens * ((2 * hidden + 1) * projection_dim + (2 * projection_dim + 1) * layers * 2 * hidden)`` a call.
     """
 
     delta_method = "ptuning2"

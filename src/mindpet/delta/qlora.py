@@ -66,7 +66,7 @@ class QLoRADense(LoRADense):
     kept as codes and largest values of blocks (:mod:`mindpet.delta.blockwise`) and made anew in each call. The layer
     starts as the dense layer with the quantised weight, since B starts at zero; with LoftQ, nearer to the original one.
     Cost: ``rank * (in + out)`` parameters, ``2 * rank * (in + out) + 2 * out`` floating-point operations a row and
-    ``in * out + double_quantisation * 512 * ceil(in * out / block_size / 256)`` a call.
+    ``block_size * ceil(in * out / block_size) + double_quantisation * 512 * ceil(in * out / block_size / 256)`` a call.
 
     The original dense layer keeps its weight until :meth:`let_go`, which :func:`mindpet.inject` calls.
 

@@ -203,7 +203,7 @@ def _warn_of_ranks(matched: dict[str, nn.Cell], config: DeltaConfig) -> None:
     if not isinstance(config, LoRAConfig):
         return
     for path, cell in matched.items():
-        weight = getattr(cell, "weight", None)
+        weight = getattr(cell, "embedding_table" if isinstance(cell, nn.Embedding) else "weight", None)
         if isinstance(weight, Parameter):
             rank, most = config.at(path).rank, min(weight.shape[0], math.prod(weight.shape[1:]))
             if rank > most:

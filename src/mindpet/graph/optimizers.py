@@ -8,10 +8,11 @@ from mindspore import Parameter, Tensor, nn
 from mindspore.nn.learning_rate_schedule import LearningRateSchedule
 from mindspore.train import Callback, RunContext
 
-from mindpet import _checks
+from mindpet import _checks, _compat
 from mindpet.delta.registry import method_of
 from mindpet.graph.inject import injections
 
+_WRAPPED = "mindpet_wrapped"
 _NOT_DECAYED = ("bias", "beta", "gamma")
 Rate: TypeAlias = float | Sequence[float] | Tensor | LearningRateSchedule
 
@@ -71,7 +72,8 @@ def wrap_optimizer(network: nn.Cell, optimizer: nn.Optimizer, steps: int) -> nn.
 
     Raises:
         TypeError: `network` is not a Cell, `optimizer` not an optimizer of `mindspore.nn`.
-        ValueError: `steps` is not positive; a method cannot work with this optimizer, or in so few steps.
+        ValueError: `steps` is not positive; a method cannot work with this optimizer, or in so few steps; the optimizer
+            is wrapped already.
 
     >>> from mindpet import AdaLoRAConfig, inject
     >>> network = inject(nn.SequentialCell(nn.Dense(4, 4)), AdaLoRAConfig(targets=["0"]))
@@ -84,20 +86,23 @@ def wrap_optimizer(network: nn.Cell, optimizer: nn.Optimizer, steps: int) -> nn.
         raise TypeError(
             f"For 'wrap_optimizer', 'optimizer' must be a mindspore.nn.Optimizer, but got {_checks.shown(optimizer)}."
         )
+    if hasattr(optimizer, _WRAPPED):
+        raise ValueError("For 'wrap_optimizer', 'optimizer' is wrapped already: give the one within.")
     for one in injections(network):
         make = method_of(one.config).optimizer
         if make is not None:
             optimizer = make(optimizer, one.adapted, one.config, steps)
+            setattr(optimizer, _WRAPPED, True)
     return optimizer
 
 
 class OptimizerCallback(Callback):
     """:func:`wrap_optimizer` for ``Model.train``: AdaLoRA's budget, for as many steps as there will be.
 
-    When training begins, before anything is compiled, it puts around the model's optimizer what the injected methods
-    do at each step. It sees neither gradients nor what the loss depends on, as no callback does: so the budget itself
-    is kept by the optimizer. Where no method asks for anything, it changes nothing. Training that goes on with the same
-    model goes on with its present budget.
+    When training begins, it puts around the model's optimizer what the injected methods do at each step. As every
+    callback, it sees neither gradients nor what the loss depends on: so the budget itself is kept by the optimizer.
+    Where no method asks for anything, or the optimizer is wrapped already, it changes nothing: training that goes on
+    with the same model goes on with its present budget.
 
     Raises:
         ValueError: when training begins: what :func:`wrap_optimizer` raises; the model has no optimizer; nothing is
@@ -113,10 +118,6 @@ class OptimizerCallback(Callback):
     1
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._wrapped: nn.Optimizer | None = None
-
     def on_train_begin(self, run_context: RunContext) -> None:
         """Wrap the optimizer of the model that begins to train."""
         known = run_context.original_args()
@@ -128,9 +129,11 @@ class OptimizerCallback(Callback):
         network = next((cell for _, cell in step.cells_and_names() if injections(cell)), None)
         if network is None:
             raise ValueError("For 'OptimizerCallback', nothing is injected into the model's network: inject first.")
-        if self._wrapped is not step.optimizer:
-            self._wrapped = wrap_optimizer(network, step.optimizer, known.epoch_num * known.batch_num)
-            step.optimizer = self._wrapped
+        if not hasattr(step.optimizer, _WRAPPED):
+            wrapped = wrap_optimizer(network, step.optimizer, known.epoch_num * known.batch_num)
+            if wrapped is not step.optimizer:
+                step.optimizer = wrapped
+                _compat.forget_compiled(step)  # of an earlier training without this
 
 
 def rate_factors(network: nn.Cell) -> dict[str, float]:

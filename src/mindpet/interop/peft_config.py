@@ -77,9 +77,11 @@ def config_problems(config: Mapping[str, Any]) -> list[str]:
     free = _FREE_OF[kind] if own is None else {*_FREE, *own.options, *own.free, *own.modules, own.topmost}
     for key, value in config.items():
         if key in free:
+            if own is not None and key in own.free and key.endswith("_dropout") and value:
+                _log.warning("%s is %s there; there is none here, so that training goes on without it", key, value)
             continue
         if own is not None and key in own.fixed:
-            if value not in (own.fixed[key], None):
+            if value not in (own.fixed[key], None, *own.alike.get(key, ())):
                 problems.append(f"{key} is {_short(value)}, and only {own.fixed[key]!r} is here")
             continue
         if key == "init_lora_weights" and kind == "LORA":
@@ -113,8 +115,9 @@ def _short(value: Any) -> str:
 
 def _target_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    if config.get("bias", "none") not in ("none", "lora_only", "all"):
-        problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(config['bias'])}")
+    bias = config.get("bias", "none")
+    if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):  # hra_only, and others
+        problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(bias)}")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             problems.append(f"{key} must be an object, but is {_checks.shown(config[key])}")

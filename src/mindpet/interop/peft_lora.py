@@ -7,6 +7,7 @@ branch is scaled by ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with ``use_r
 part of the weight is written as one of twice the rank, which computes the same.
 """
 
+import logging
 import math
 import re
 from collections import Counter
@@ -23,6 +24,7 @@ from mindpet.delta.dora import DoRAConfig
 from mindpet.delta.lora import METHOD as LORA
 from mindpet.delta.lora import LoRAConfig, LoRAStartDense
 from mindpet.delta.method import DeltaConfig, Method
+from mindpet.delta.qlora import QLoRAConfig
 from mindpet.graph.inject import injections
 from mindpet.interop import peft_config
 from mindpet.interop.peft_modules import (
@@ -37,6 +39,7 @@ from mindpet.interop.peft_modules import (
     without_marks,
 )
 
+_log = logging.getLogger("mindpet")
 WRITTEN = ("lora", "lora_fa", "qlora", "dora")
 _LORA_PREFIX = "base_model.model."
 _LORA_TENSOR = re.compile(
@@ -57,7 +60,8 @@ def read_lora(
         if not isinstance(cell, tuple(method.adapt)):
             what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for {called}"
             what += ", which adapts dense layers" if cell is not None and method is DORA else ""
-            problems.append(f"unexpected in the file: {module} is {what}{_checks.near(module, modules.cells)}")
+            what += _checks.near(module, modules.cells) if cell is None else ""
+            problems.append(f"unexpected in the file: {module} is {what}")
             continue
         ranks[path] = peft_config.at_end(content.get("rank_pattern"), module, content["r"])
         alphas[path] = peft_config.at_end(content.get("alpha_pattern"), module, content["lora_alpha"])
@@ -160,6 +164,31 @@ def _as_written(cell: nn.Cell, config: LoRAConfig) -> LoRAConfig:
     return replace(config, rank=2 * config.rank, alpha=more * config.alpha, start="kaiming")
 
 
+def _say_what_is_quantised(configs: Collection[LoRAConfig], problems: list[str]) -> None:
+    """Beside which weights a QLoRA computes there what it does here: the file has none."""
+    quantised = [config for config in configs if isinstance(config, QLoRAConfig)]
+    turns = max((config.loftq_iterations for config in quantised), default=0)
+    if turns > 1:
+        problems.append(
+            f"with loftq_iterations={turns} its weights are quantised after the branch was taken off them, and so are "
+            "in no file that PEFT could load: merge it, or tune with one turn"
+        )
+    for bits, size, double in {(one.bits, one.block_size, one.double_quantisation) for one in quantised}:
+        if bits == "nf4" and size == 64:
+            _log.warning(
+                "PEFT computes the same beside a base in BitsAndBytesConfig(load_in_4bit=True, "
+                "bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=%s).",
+                double,
+            )
+        else:
+            _log.warning(
+                "bitsandbytes has no weights of bits=%r in blocks of %d: in PEFT the outputs differ by what "
+                "quantisation loses.",
+                bits,
+                size,
+            )
+
+
 def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """The configuration and the tensors of every LoRA layer, injected or placed by hand."""
     injected = {
@@ -173,6 +202,7 @@ def write_lora(network: nn.Cell, modules: Modules, problems: list[str]) -> tuple
         module: _as_written(cell, injected.get(path) or LoRAConfig(rank=cell.lora_rank, alpha=cell.lora_alpha))
         for module, (path, cell) in adapted.items()
     }
+    _say_what_is_quantised(configs.values(), problems)
     bias, saved, kept = trained_whole(modules, adapted, problems)
     tensors = {
         f"{_LORA_PREFIX}{module}.{part}": value

@@ -49,8 +49,13 @@ def read_method(
     for module, found in parts.items():
         path, cell = modules.cells.get(module, ("", None))
         if not isinstance(cell, tuple(method.adapt)):
-            what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for {method.name}"
-            problems.append(f"unexpected in the file: {module} is {what}{_checks.near(module, modules.cells)}")
+            near = _checks.near(module, modules.cells)
+            what = (
+                f"no module of this network{near}"
+                if cell is None
+                else f"a {type(cell).__name__}, not for {method.name}"
+            )
+            problems.append(f"unexpected in the file: {module} is {what}")
             continue
         targets[path] = module
         for part, value in found.items():
