@@ -48,6 +48,17 @@ def positive_int(owner: str, name: str, value: Any) -> int:
     return int(value)
 
 
+def divisor(owner: str, name: str, value: int, size: int, what: str) -> int:
+    """A number that divides a size, which is told with the nearest that do."""
+    if size % value:
+        able = sorted((number for number in range(1, size + 1) if size % number == 0), key=lambda n: abs(n - value))
+        raise ValueError(
+            f"For '{owner}', '{name}' must divide {size}, {what}, but got {value}: the nearest that do are "
+            f"{' and '.join(map(str, able[:2]))}."
+        )
+    return value
+
+
 def int_from_zero(owner: str, name: str, value: Any) -> int:
     """An int from zero on, a seed for instance."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -223,6 +223,10 @@ def test_methods_lists_the_registry():
     code, output = invoke("methods", "PrefixTuning")
     assert code == 0
     assert "mid_dim" in output
+    assert '["*prefix"]' in output  # the usual targets
+    code, output = invoke("methods", "full")
+    assert code == 0
+    assert "no options" in output
     code, output = invoke("methods", "lroa")
     assert code == 2
     assert "did you mean 'lora'" in output

@@ -1,5 +1,7 @@
 """AdapterFusion: what it computes, and where its adapters come from."""
 
+import shutil
+
 import numpy as np
 import pytest
 from mindspore import Tensor, nn, ops
@@ -88,6 +90,17 @@ def test_what_the_directories_say_holds(tuned):
     assert [type(cell) for cell in inject(base_of(source), config)][::2] == [AdapterFusionDense] * 2
     only = inject(base_of(source), AdapterFusionConfig(adapters=paths, targets=["2"]))
     assert type(only[0]) is nn.Dense
+
+
+def test_the_directory_of_a_run_is_taken_for_that_of_its_delta(tuned, tmp_path):
+    source, paths = tuned
+    runs = [tmp_path / "run-one", tmp_path / "run-two"]
+    for path, run in zip(paths, runs):
+        shutil.copytree(path, run / "delta")
+    fused, other = (inject(base_of(source), AdapterFusionConfig(adapters=given)) for given in (paths, runs))
+    for name, parameter in fused.parameters_and_names():
+        if "adapters" in name:
+            np.testing.assert_array_equal(other.parameters_dict()[name].asnumpy(), parameter.asnumpy())
 
 
 def test_only_the_fusion_trains(mode, tuned):

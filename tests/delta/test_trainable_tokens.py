@@ -48,7 +48,9 @@ def test_a_tied_head_has_the_trained_rows(mode, rng, build):
 
 @pytest.mark.parametrize("given", [(), None, [1, 1], [-1], [1.0], "12", [True]])
 def test_rows_must_be_numbers(given):
-    with pytest.raises(ValueError, match="'token_indices' must be a list of different numbers of rows, one at least"):
+    with pytest.raises(
+        ValueError, match="'token_indices' must be a list of different numbers of rows from 0 on, one at least"
+    ):
         TrainableTokensConfig(token_indices=given)
 
 

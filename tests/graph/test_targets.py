@@ -4,9 +4,10 @@ import pytest
 from mindspore import Tensor, nn
 
 import mindpet
-from mindpet import AdapterConfig, LoRAConfig, inject
+from mindpet import AdapterConfig, LoRAConfig, PrefixConfig, inject
 from mindpet.delta import LoRADense
 from mindpet.graph import find_targets, target_report
+from mindpet.models import BertConfig, BertForSequenceClassification
 
 
 class Layer(nn.Cell):
@@ -59,10 +60,44 @@ def test_a_miss_shows_near_names():
 
 
 def test_a_target_of_another_kind_says_what_it_is():
-    with pytest.raises(ValueError, match=r"'\*.norm'; it matches layers.0.norm .LayerNorm. and 2 more$"):
+    with pytest.raises(
+        ValueError, match=r"layers.0.norm .LayerNorm. and 2 more, and the method adapts Dense, .*Embedding"
+    ):
         inject(Network(), LoRAConfig(targets=["*.query", "*.norm"]))
     with pytest.raises(ValueError, match="LayerNorm'>\"; it matches layers.0.norm"):
         inject(Network(), LoRAConfig(targets=[nn.LayerNorm]))
+
+
+class Plain(nn.Cell):
+    """No cell has a usual name."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Dense(4, 4), nn.Dense(4, 2)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        (LoRAConfig(), r"usual ones of 'lora' match no cell here: '\*.query', .* targets: first, last\.$"),
+        (PrefixConfig(), r"of 'prefix' match no cell here: '\*prefix'\. .* kind PrefixSlot; this network has none\.$"),
+    ],
+)
+def test_without_targets_a_network_of_other_names_is_told_what_there_is(config, says):
+    with pytest.raises(ValueError, match=says):
+        inject(Plain(), config)
+
+
+def test_a_cell_that_is_never_called_is_not_adapted_with_all():
+    def adapted(pooling):
+        config = BertConfig(
+            vocab_size=9, hidden_size=4, num_hidden_layers=1, num_attention_heads=1, intermediate_size=4
+        )
+        network = BertForSequenceClassification(config, 2, pooling)
+        return list(target_report(network, LoRAConfig(targets="all-linear", modules_to_save=["classifier"])).matched)
+
+    assert "bert.pooler.dense" in adapted("pooler")
+    assert adapted("pooler") == [*adapted("mean"), "bert.pooler.dense"]
 
 
 @pytest.mark.parametrize(
@@ -78,6 +113,7 @@ def test_a_target_of_another_kind_says_what_it_is():
         ({"targets": ["*.query"], "exclude": ["*.query"]}, r"'\*.query'; all of them are excluded"),
         ({"targets": ["*.query"], "exclude": ["*.quer"]}, r"'\*.quer'; of 'exclude'; near it: layers.0.query$"),
         ({"targets": ["*.query"], "rank_pattern": {"query": 4}}, r"'query'; of 'rank_pattern'; a pattern is for whole"),
+        ({"targets": ["all-liner"]}, r"'all-liner'; did you mean 'all-linear'\?$"),
         (
             {"targets": ["query"]},
             r"'query'; a pattern is for whole paths: '\*.query' matches layers.0.query and 2 more$",

@@ -482,6 +482,12 @@ def methods(
                 "The options of one: mindpet methods NAME"
             )
             return
+        if name.lower() == "full":
+            console.print(
+                "full: every parameter trains; no options. "
+                + "; ".join(": ".join(one) for one in measured()["full"].items())
+            )
+            return
         options = method_options(name)  # an unknown name is said at once
         for key, value in next(row for row in methods_table() if row["method"] == method_key(name)).items():
             console.print(f"[bold]{key}[/bold]: {value}")

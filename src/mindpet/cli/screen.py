@@ -191,6 +191,8 @@ def print_rows(console: Console, rows: list[dict[str, str]], spared: tuple[str, 
         if console.measure(table, options=console.options.update(width=10_000)).maximum <= console.width:
             break
     console.print(table)
+    if len(names) < len(rows[0]):
+        console.print(f"A wider terminal shows {', '.join(name for name in rows[0] if name not in names)} as well.")
 
 
 def _listed(names: list[str], most: int = 4) -> str:

@@ -16,6 +16,7 @@ too, would add the same to the scores of all adapters.)
 """
 
 import copy
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,8 +39,8 @@ class AdapterFusionConfig(DeltaConfig):
     """Attention over adapters behind every targeted dense layer.
 
     Attributes:
-        adapters: directories that :func:`mindpet.save_delta` wrote of networks tuned with ``adapter``; or how many new
-            ones there are, for :func:`mindpet.load_delta` to fill.
+        adapters: directories that :func:`mindpet.save_delta` wrote of networks tuned with ``adapter``, or of such runs;
+            or how many new ones there are, for :func:`mindpet.load_delta` to fill.
         size: width of the bottlenecks; that of the directories where they are given.
         non_linearity: activation inside the bottlenecks, by name; that of the directories where they are given.
         value: whether the mix goes through a matrix V.
@@ -160,12 +161,14 @@ class AdapterFusionDense(ComputeDense):
 
 
 def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, np.ndarray]]:
-    """The configuration and the tensors of a directory that holds one delta of the method ``adapter``.
+    """The configuration and the tensors of a directory that holds one delta of the method ``adapter``, or of a run.
 
     Raises:
         ValueError: a file is missing or broken, or holds something else.
     """
     path = Path(directory) / "delta.safetensors"
+    if not os.path.isfile(path) and os.path.isfile(path.parent / "delta" / path.name):
+        path = path.parent / "delta" / path.name
     tensors, metadata = _files.read_tensors(path)
     try:
         entries = _files.parse_json(metadata["delta"])["methods"]

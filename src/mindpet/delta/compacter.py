@@ -46,7 +46,10 @@ class CompacterConfig(DeltaConfig):
             _checks.positive_int(owner, name, getattr(self, name))
         for name in ("low_rank", "shared"):
             _checks.boolean(owner, name, getattr(self, name))
-        _require_multiple(owner, "size", self.size, self.phm_dim)
+        if self.size % self.phm_dim:
+            raise ValueError(
+                f"For '{owner}', 'size' must be a multiple of 'phm_dim' ({self.phm_dim}), but got {self.size}."
+            )
         build_activation(owner, "non_linearity", self.non_linearity, unknown=ValueError)
 
 
@@ -125,7 +128,9 @@ class CompacterDense(ComputeDense):
     def from_dense(cls, dense: nn.Dense, config: CompacterConfig, rule: Parameter | None) -> "CompacterDense":
         """The same dense layer, weight and bias shared, with a new bottleneck behind it that uses `rule` for A."""
         out, dtype = dense.out_channels, dense.weight.dtype
-        _require_multiple(cls.__name__, "out_channels", out, config.phm_dim)
+        _checks.divisor(
+            type(config).__name__, "phm_dim", config.phm_dim, out, f"the size of the output of {dense.weight.name}"
+        )
         layer = cls.borrow(dense)
         layer.mindpet_delta_compacter_down = PHMDense(out, config.size, config, rule, dtype)
         layer.mindpet_delta_compacter_non_linear = build_activation(
@@ -148,11 +153,6 @@ def new_rule(n: int, dtype: Any) -> Parameter:
 def one_rule(cells: list[nn.Dense], config: CompacterConfig) -> Parameter | None:
     """The A of all layers, or None where each has its own."""
     return new_rule(config.phm_dim, cells[0].weight.dtype) if config.shared else None
-
-
-def _require_multiple(owner: str, name: str, value: int, phm_dim: int) -> None:
-    if value % phm_dim:
-        raise ValueError(f"For '{owner}', '{name}' must be a multiple of 'phm_dim' ({phm_dim}), but got {value}.")
 
 
 METHOD = Method(

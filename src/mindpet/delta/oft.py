@@ -58,13 +58,7 @@ class BlockConfig(DeltaConfig):
             ValueError: it cannot be cut so.
         """
         name, given = ("block_size", self.block_size) if self.block_size else ("blocks", self.blocks or 1)
-        if size % given:
-            near = [number for number in range(1, size + 1) if size % number == 0]
-            near.sort(key=lambda number: abs(number - given))
-            raise ValueError(
-                f"For '{type(self).__name__}', '{name}' must divide {size}, the size of the input, but got {given}: "
-                f"the nearest that do are {' and '.join(map(str, near[:2]))}."
-            )
+        _checks.divisor(type(self).__name__, name, given, size, "the size of the input")
         if given == (1 if self.block_size else size):
             raise ValueError(
                 f"For '{type(self).__name__}', blocks of size 1 have no rotation: give larger ones than {name}={given}."

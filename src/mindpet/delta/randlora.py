@@ -31,7 +31,7 @@ class RandLoRAConfig(DeltaConfig):
         alpha: the delta is scaled by alpha / rank; the paper has about 20 times the rank.
         seed: of the bases, which are those that PEFT makes of it.
         sparse: bases of -1, 0 and 1, two thirds zeros.
-        very_sparse: nearly all zeros: all but 1 / sqrt(smaller side).
+        very_sparse: nearly all zeros: all but 1 / sqrt(smaller side); counts before `sparse`.
     """
 
     rank: int = 32

@@ -30,8 +30,8 @@ class TrainableTokensConfig(DeltaConfig):
         numbers = isinstance(given, (list, tuple)) and all(type(one) is int and one >= 0 for one in given)
         if not numbers or not given or len(set(given)) < len(given):
             raise ValueError(
-                f"For '{owner}', 'token_indices' must be a list of different numbers of rows, one at least, but got "
-                f"{_checks.shown(given)}."
+                f"For '{owner}', 'token_indices' must be a list of different numbers of rows from 0 on, one at least, "
+                f"but got {_checks.shown(given)}."
             )
         object.__setattr__(self, "token_indices", tuple(given))
 

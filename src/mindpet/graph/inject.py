@@ -108,8 +108,11 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     matched = report.matched if report.misses else config.narrowed(report.matched)
     if config.targets == "all-linear":  # what is trained whole is not adapted as well
         whole = parameters_below(network, config.modules_to_save)
+        idle = [f"{path}." for path in getattr(network, "idle", ())]  # cells that it never calls
         matched = {
-            path: cell for path, cell in matched.items() if not any(id(p) in whole for p in cell.get_parameters())
+            path: cell
+            for path, cell in matched.items()
+            if not any(id(p) in whole for p in cell.get_parameters()) and not path.startswith(tuple(idle))
         }
     candidates = [path for path, cell in cells_by_path(network).items() if isinstance(cell, kinds)]
     misses = dict(report.misses)
@@ -122,6 +125,22 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
             option = next((name for name in options if pattern in (getattr(config, name, None) or ())), "")
             misses[pattern] = _said(near_hint(pattern, list(matched)), option)
     return TargetReport(matched, misses)
+
+
+def _require_usual(network: nn.Cell, config: DeltaConfig) -> None:
+    """Whether a method's usual targets, if they are meant, are cells of this network; else which ones there are."""
+    method = method_of(config)
+    kinds = tuple(method.adapt)
+    if config.targets is not None or not kinds or find_targets(network, method.targets, kinds).matched:
+        return
+    able = [path for path, cell in cells_by_path(network).items() if isinstance(cell, kinds) and MARKER not in path]
+    listed = ", ".join(able[:8]) + (f" and {len(able) - 8} more" if able[8:] else "")
+    raise _checks.NothingFitsError(
+        f"No 'targets' are given, and the usual ones of '{method.name}' match no cell here: "
+        f"{', '.join(map(repr, method.targets))}. It adapts cells of the kind "
+        f"{' or '.join(kind.__name__ for kind in kinds)}; "
+        + (f"give some of these as targets: {listed}." if able else "this network has none.")
+    )
 
 
 def _said(hint: str, option: str) -> str:
@@ -167,6 +186,7 @@ def put_in(network: nn.Cell, config: DeltaConfig) -> None:
     before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
     injection = Injection(config, trainable=before)
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
+    _require_usual(network, config)
     matched = target_report(network, config).require_all().matched
     for path, cell in matched.items():
         if is_adapted(cell):

@@ -87,7 +87,7 @@ def find_targets(
         if path in chosen and not any(fnmatchcase(path, pattern) for pattern in exclude) and in_layers(path, layers)
     }
     misses = {
-        str(pattern): _others(pattern, everything) or near_hint(str(pattern), candidates)
+        str(pattern): _others(pattern, everything, kinds) or near_hint(str(pattern), candidates)
         for pattern, paths in hits.items()
         if not paths
     }
@@ -102,12 +102,14 @@ def _means(pattern: str | type | tuple, path: str, cell: nn.Cell) -> bool:
     return fnmatchcase(path, pattern) if isinstance(pattern, str) else isinstance(cell, pattern)
 
 
-def _others(pattern: str | type, everything: dict[str, nn.Cell]) -> str:
+def _others(pattern: str | type, everything: dict[str, nn.Cell], kinds: tuple[type[nn.Cell], ...]) -> str:
     """What cells a pattern means that are of a kind that cannot be adapted."""
     if pattern == "all-linear":
         return ""
+    able = ", ".join(kind.__name__ for kind in kinds)
     found = [f"{path} ({type(cell).__name__})" for path, cell in everything.items() if _means(pattern, path, cell)]
-    return f"it matches {found[0]}{f' and {len(found) - 1} more' if found[1:] else ''}" if found else ""
+    more = f" and {len(found) - 1} more" if found[1:] else ""
+    return f"it matches {found[0]}{more}, and the method adapts {able}" if found else ""
 
 
 def _left_out(paths: list[str], layers: Sequence[int] | None) -> str:
@@ -127,6 +129,8 @@ def near_hint(pattern: str, paths: Sequence[str] | dict) -> str:
     if ends:
         more = f" and {len(ends) - 1} more" if ends[1:] else ""
         return f"a pattern is for whole paths: '*.{pattern}' matches {ends[0]}{more}"
+    if _checks.near_names(pattern, ["all-linear"]):
+        return "did you mean 'all-linear'?"
     tail = pattern.replace("*", "").strip(".").split(".")[-1]
     tails: dict[str, str] = {}
     for path in paths:

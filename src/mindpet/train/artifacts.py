@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import cleandoc
 from pathlib import Path
+from typing import Any
 
 from mindspore import nn
 
@@ -276,16 +277,16 @@ def by_whom(paper: str) -> str:
 
 
 def method_options(name: str) -> dict[str, tuple[str, str]]:
-    """The options of a method: name to (default, meaning).
+    """The options of a method: name to (default as a run file has it, meaning); for `targets` those are the usual ones.
 
     Raises:
         RunFileError: there is no such method.
     """
     try:
-        config = method_named(name).config
+        method = method_named(name)
     except ValueError as error:
         raise RunFileError(str(error)) from error
-    meanings: dict[str, str] = {}
+    config, meanings = method.config, dict[str, str]()
     for kind in reversed(config.__mro__):
         text = cleandoc(kind.__doc__ or "").partition("Attributes:")[2]
         for entry in re.split(r"\n    (?=\w+: )", text)[1:]:
@@ -294,8 +295,21 @@ def method_options(name: str) -> dict[str, tuple[str, str]]:
     found = {}
     for field in dataclasses.fields(config):
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        found[field.name] = ("" if default is dataclasses.MISSING else repr(default), meanings.get(field.name, ""))
+        found[field.name] = (_in_a_run_file(default), meanings.get(field.name, ""))
+    if method.adapt:
+        found["targets"] = (_in_a_run_file(method.targets), found["targets"][1])
     return found
+
+
+def _in_a_run_file(default: Any) -> str:
+    """A default as one would write it; nothing for None.
+
+    >>> _in_a_run_file(("*.query",)), _in_a_run_file(True), _in_a_run_file(0.1), _in_a_run_file("gelu")
+    ('["*.query"]', 'true', '0.1', 'gelu')
+    """
+    if default is None or default is dataclasses.MISSING:
+        return ""
+    return default if isinstance(default, str) else json.dumps(default)
 
 
 def _method_row(method: Method, figures: dict[str, str]) -> dict[str, str]:
