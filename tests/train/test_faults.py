@@ -32,12 +32,11 @@ def inputs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def words(inputs, tmp_path_factory):
+def words(inputs, tmp_path_factory, request):
     """Of the command line, after ``finetune``: a run of two dozen steps that saves after each."""
-    place = tmp_path_factory.mktemp("words") / "run.yaml"
-    config = load_run(
-        None, overrides(*inputs, "nowhere", "train.epochs=4", "train.save_every=1", "train.mode=pynative")
-    )
+    place, mode = tmp_path_factory.mktemp("words") / "run.yaml", getattr(request, "param", "pynative")
+    options = ["train.epochs=4", "train.save_every=1", f"train.mode={mode}"]
+    config = load_run(None, overrides(*inputs, "nowhere", *options))
     place.write_text(as_yaml(config))
     return [str(place), "train.evaluate_every=3"]
 
@@ -83,7 +82,15 @@ def assert_same_end(directory, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [5, pytest.param(100, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("words", "kills"),
+    [
+        ("pynative", 5),
+        pytest.param("pynative", 100, marks=pytest.mark.exhaustive),
+        pytest.param("graph", 5, marks=pytest.mark.exhaustive),
+    ],
+    indirect=["words"],
+)
 def test_kills_at_random_moments_cost_nothing(words, whole, tmp_path, kills):
     seconds = json.loads((whole / "report.json").read_text())["seconds"]["whole"]
     script = [sys.executable, str(HERE / "killed.py"), str(kills), "7", str(1.2 * seconds + 0.5), str(tmp_path), *words]
@@ -109,7 +116,15 @@ def small_disk(directory, size):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("frees", [(24,), pytest.param((0, 12, 40, 60, 90, 200), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize(
+    ("words", "frees"),
+    [
+        ("pynative", (24,)),
+        pytest.param("pynative", (0, 12, 40, 60, 90, 200), marks=pytest.mark.exhaustive),
+        pytest.param("graph", (24,), marks=pytest.mark.exhaustive),
+    ],
+    indirect=["words"],
+)
 def test_a_full_disk_is_said_and_made_room_on_the_run_goes_on(words, whole, tmp_path, frees):
     """Whatever is the file that does not fit any more."""
     directory = tmp_path / "disk"
