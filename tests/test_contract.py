@@ -37,26 +37,39 @@ class Attention(nn.Cell):
         return mixed
 
 
-class Tiny(nn.Cell):
-    """Two attention layers in a CellList, a SequentialCell, and a head."""
+class Reader(nn.Cell):
+    """Two attention layers in a CellList, with slots for a prefix and for virtual tokens."""
 
     def __init__(self):
         super().__init__()
         self.layers = nn.CellList([Attention(), Attention()])
         self.prefix = PrefixSlot(2, 2, WIDTH // 2)
         self.prompts = PromptSlot(nn.Embedding(5, WIDTH))
+
+    def construct(self, x):
+        return self.read(x)
+
+    def read(self, x):
+        pairs, prompts = self.prefix(), self.prompts()
+        if prompts is not None:
+            x = before_rows(prompts, x)
+        for index in range(len(self.layers)):
+            x = x + self.layers[index](x, pairs[index] if len(pairs) > 0 else None)
+        return x
+
+
+class Tiny(Reader):
+    """The same after an embedding and a norm, and before a SequentialCell and a head."""
+
+    def __init__(self):
+        super().__init__()
         self.places, self.numbers = nn.Embedding(5, WIDTH), Tensor(np.arange(5, dtype=np.int32))
         self.norm = nn.LayerNorm((WIDTH,))
         self.feed = nn.SequentialCell(nn.Dense(WIDTH, WIDTH), nn.ReLU(), nn.Dense(WIDTH, WIDTH))
         self.head = nn.Dense(WIDTH, 3)
 
     def construct(self, x):
-        x = self.norm(x + self.places(self.numbers))
-        pairs, prompts = self.prefix(), self.prompts()
-        if prompts is not None:
-            x = before_rows(prompts, x)
-        for index in range(len(self.layers)):
-            x = x + self.layers[index](x, pairs[index] if len(pairs) > 0 else None)
+        x = self.read(self.norm(x + self.places(self.numbers)))
         return self.head(self.feed(x)[:, 0])
 
 

@@ -33,6 +33,12 @@ class NotWrittenError(OSError):
     """A file that could not be written, for want of room for instance."""
 
 
+def delta_of_a_run(directory: Path | str) -> Path | None:
+    """The directory of the delta in that of a run, or None where there is none."""
+    inner = Path(directory) / "delta"
+    return inner if os.path.isfile(inner / "delta.safetensors") else None
+
+
 def remove_leftovers(directory: Path, *names: str) -> None:
     """What :func:`whole_file` has begun of these files, in processes that were killed; nobody may be writing now."""
     for name in names:

@@ -331,6 +331,12 @@ def test_dropout_travels_or_is_told_of(edited, caplog):
     assert "randlora_dropout is 0.2 there" in caplog.text
 
 
+def test_a_prefix_may_say_that_it_has_no_bias(edited):
+    np.testing.assert_array_equal(
+        logits(load_peft(network(), edited("prefix", {"bias": None}))), logits(load_peft(network(), GOLDEN / "prefix"))
+    )
+
+
 @pytest.mark.parametrize("bias", ["hra_only", "lora_only"])
 def test_a_methods_own_name_for_its_biases_is_read(edited, bias):
     with pytest.raises(PeftFormatError, match="missing in the file: .*query.bias"):

@@ -47,8 +47,8 @@ def test_it_starts_and_trains_as_in_peft(base, start, stabilised):
         module = name.removeprefix("base_model.model.").partition(".lora_")[0]
         letter = "a" if "lora_A" in name else "b"
         same = np.abs if start == "pissa" else lambda matrix: matrix  # singular vectors have either sign
-        ours_there = same(found[f"{module}.mindpet_delta_lora_{letter}"])
-        np.testing.assert_allclose(ours_there, same(value), atol=2e-5)  # PEFT decomposes in float32
+        here, near = found[f"{module}.mindpet_delta_lora_{letter}"], 2e-5 if start == "pissa" else 1e-5
+        np.testing.assert_allclose(same(here), same(value), atol=near)  # PEFT's singular vectors are float32's
     assert_close(our_logits(network), our_logits(ours(base)), f"{start} at the start")
 
     descent = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.005)

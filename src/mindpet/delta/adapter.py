@@ -141,9 +141,9 @@ class AdapterDense(ComputeDense):
 
     .. math:: h = \sigma(x W^T + b), \qquad y = \mathrm{AdapterLayer}(h)
 
-    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost, with the size of the
-    bottleneck: ``2 * out * size + out + size`` parameters and ``4 * out * size + 2 * out + size`` floating-point
-    operations a row.
+    Shapes: x ``(..., in)``, W ``(out, in)``, b ``(out,)``, h and y ``(..., out)``. Cost:
+    ``2 * out * size + out + size`` parameters and ``4 * out * size + 2 * out + size`` floating-point operations a row,
+    with the size of the bottleneck.
 
     Args:
         in_channels: size of the input's last axis.

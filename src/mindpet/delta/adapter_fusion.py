@@ -166,9 +166,9 @@ def read_adapter(directory: str | Path) -> tuple[AdapterConfig, dict[str, np.nda
     Raises:
         ValueError: a file is missing or broken, or holds something else.
     """
-    path = Path(directory) / "delta.safetensors"
-    if not os.path.isfile(path) and os.path.isfile(path.parent / "delta" / path.name):
-        path = path.parent / "delta" / path.name
+    path, inner = Path(directory) / "delta.safetensors", _files.delta_of_a_run(directory)
+    if inner and not os.path.isfile(path):
+        path = inner / path.name
     tensors, metadata = _files.read_tensors(path)
     try:
         entries = _files.parse_json(metadata["delta"])["methods"]

@@ -39,9 +39,9 @@ class IA3Config(DeltaConfig):
         chosen = FEEDFORWARD if self.feedforward is None else self.feedforward
         return replace(self, feedforward=("*",) if any(fnmatchcase(path, pattern) for pattern in chosen) else ())
 
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> dict[str, str]:
         """The patterns of feed-forward layers, where they are given."""
-        return tuple(self.feedforward or ())
+        return dict.fromkeys(self.feedforward or (), "feedforward")
 
 
 class IA3Dense(ComputeDense):

@@ -33,9 +33,9 @@ class MAMConfig(ParallelAdapterConfig, PrefixConfig):
 
     tokens: int = 30
 
-    def patterns(self) -> tuple[str, ...]:
-        """With the usual targets, a slot must be among them."""
-        return (*super().patterns(), *(prefix_layer.METHOD.targets if self.targets is None else ()))
+    def patterns(self) -> dict[str, str]:
+        """With the usual targets, which no option has, a slot must be among them."""
+        return super().patterns() | dict.fromkeys(prefix_layer.METHOD.targets if self.targets is None else (), "")
 
 
 METHOD = Method(

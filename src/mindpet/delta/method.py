@@ -85,9 +85,9 @@ class DeltaConfig:
         """What holds for the cell at `path`; methods with patterns of their own override this."""
         return self
 
-    def patterns(self) -> tuple[str, ...]:
-        """Further patterns on the paths of adapted cells, each of which must match one."""
-        return ()
+    def patterns(self) -> dict[str, str]:
+        """Further patterns on the paths of adapted cells, each of which must match one, to the option that has it."""
+        return {}
 
     def narrowed(self, matched: dict[str, nn.Cell]) -> dict[str, nn.Cell]:
         """Those of the targeted cells, by path, that are adapted: all, but for methods that choose among them."""
@@ -140,9 +140,9 @@ class RankedConfig(DeltaConfig):
         """The longest of the ranks, besides."""
         return {**super().axes(), "rank": max((self.rank, *self.rank_pattern.values()))}
 
-    def patterns(self) -> tuple[str, ...]:
+    def patterns(self) -> dict[str, str]:
         """The patterns of ranks and alphas."""
-        return (*self.rank_pattern, *self.alpha_pattern)
+        return dict.fromkeys(self.alpha_pattern, "alpha_pattern") | dict.fromkeys(self.rank_pattern, "rank_pattern")
 
 
 def too_long(config: DeltaConfig, tensors: Mapping[str, Any]) -> list[str]:

@@ -69,7 +69,8 @@ class PTuning(PromptSlot):
     floating-point operations a text, with the network's own work on a text of so many tokens, and
     ``tokens * (2 * e * (2 * hidden + e) + 2 * e + hidden)`` a call. Cost, with an LSTM of L layers:
     ``tokens * hidden + 8 * e * (hidden + e + 2 + (L - 1) * (3 * e + 2)) + 2 * e * (2 * e + 1) + hidden * (2 * e + 1)``
-    parameters, as many operations a text, and, but for what is done with the gates of the LSTM,
+    parameters, ``work(tokens + seq) - work(seq)`` floating-point operations a text and, but for what is done with the
+    gates of the LSTM,
     ``tokens * (16 * e * (hidden + e + (L - 1) * 3 * e) + (2 * e + hidden) * (4 * e + 1)) + 8 * e * L`` a call.
 
     >>> PTuning(nn.Embedding(11, 8), PTuningConfig(tokens=3, encoder_hidden=4))().shape

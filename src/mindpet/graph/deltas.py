@@ -101,9 +101,8 @@ def read_delta(directory: str | Path) -> tuple[dict[str, Any], list[DeltaConfig]
     """
     path = Path(directory) / "delta.safetensors"
     if not os.path.isfile(path):
-        inner = Path(directory) / "delta"
-        of_a_run = os.path.isfile(inner / path.name)
-        hint = f"; there is one in {inner}" if of_a_run else _near.beside(Path(directory))
+        inner = _files.delta_of_a_run(directory)
+        hint = f"; there is one in {inner}" if inner else _near.beside(Path(directory))
         raise DeltaFileError(f"There is no file {path}{hint}.")
     tensors, metadata = _files.read_tensors(path, DeltaFileError)
     try:

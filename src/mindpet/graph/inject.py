@@ -108,7 +108,7 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     matched = report.matched if report.misses else config.narrowed(report.matched)
     if config.targets == "all-linear":  # what is trained whole is not adapted as well
         whole = parameters_below(network, config.modules_to_save)
-        idle = [f"{path}." for path in getattr(network, "idle", ())]  # cells that it never calls
+        idle = [f"{path}." for path in getattr(network, "mindpet_idle", ())]  # cells that it never calls
         matched = {
             path: cell
             for path, cell in matched.items()
@@ -119,10 +119,8 @@ def target_report(network: nn.Cell, config: DeltaConfig) -> TargetReport:
     for pattern in config.exclude:
         if not any(fnmatchcase(path, pattern) for path in candidates):
             misses[pattern] = _said(near_hint(pattern, candidates), "exclude")
-    for pattern in config.patterns():
+    for pattern, option in config.patterns().items():
         if not any(fnmatchcase(path, pattern) for path in matched):
-            options = ("rank_pattern", "alpha_pattern", "feedforward")
-            option = next((name for name in options if pattern in (getattr(config, name, None) or ())), "")
             misses[pattern] = _said(near_hint(pattern, list(matched)), option)
     return TargetReport(matched, misses)
 
@@ -186,8 +184,10 @@ def put_in(network: nn.Cell, config: DeltaConfig) -> None:
     before = [(parameter, parameter.requires_grad) for parameter in network.get_parameters()]
     injection = Injection(config, trainable=before)
     made: dict[int, nn.Cell] = {}  # a Cell that two paths share stays one Cell
-    _require_usual(network, config)
-    matched = target_report(network, config).require_all().matched
+    report = target_report(network, config)
+    if report.misses:
+        _require_usual(network, config)
+    matched = report.require_all().matched
     for path, cell in matched.items():
         if is_adapted(cell):
             raise ValueError(f"The cell at {path!r} is a {type(cell).__name__} already: eject it first.")

@@ -71,8 +71,6 @@ def load_peft(network: nn.Cell, directory: str | Path, names: Names | None = Non
     tensors, problems = _read_tensors(directory), config_problems(content)
     if problems:
         raise _misfit(directory, problems)
-    if content.get("bias", "").endswith("_only"):  # each method has a name of its own for it
-        content["bias"] = "lora_only"
     method = method_of_kind(content["peft_type"])
     if method is not None:
         config, values = read_method(method, content, tensors, modules, problems)

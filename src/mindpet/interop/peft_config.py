@@ -115,9 +115,8 @@ def _short(value: Any) -> str:
 
 def _target_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
-    bias = config.get("bias", "none")
-    if bias not in ("none", "all") and not (isinstance(bias, str) and bias.endswith("_only")):  # hra_only, and others
-        problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(bias)}")
+    if config.get("bias", "none") is None or bias_of(config) not in ("none", "lora_only", "all"):
+        problems.append(f"bias must be 'none', 'lora_only' or 'all', but is {_checks.shown(config['bias'])}")
     for key in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(key) or {}, dict):
             problems.append(f"{key} must be an object, but is {_checks.shown(config[key])}")
@@ -221,6 +220,16 @@ def promised(
     if extra:
         _log.warning("target_modules does not mean these modules, which the file has tensors for: %s", ", ".join(extra))
     return [f"missing in the file: {method} of {module}" for module in cells if module in named - set(found)]
+
+
+def bias_of(config: Mapping[str, Any]) -> Any:
+    """Which biases train: ``none``, ``all``, or ``lora_only``, for which each method has a name of its own.
+
+    >>> bias_of({}), bias_of({"bias": None}), bias_of({"bias": "hra_only"})
+    ('none', 'none', 'lora_only')
+    """
+    bias = config.get("bias") or "none"
+    return "lora_only" if isinstance(bias, str) and bias.endswith("_only") else bias
 
 
 def ends_with(entries: str | list[str] | None, path: str) -> bool:

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, nn
 
-from mindpet import _checks
 from mindpet.delta.dora import METHOD as DORA
 from mindpet.delta.dora import DoRAConfig
 from mindpet.delta.lora import METHOD as LORA
@@ -36,6 +35,7 @@ from mindpet.interop.peft_modules import (
     read_whole,
     shape_there,
     trained_whole,
+    unexpected,
     without_marks,
 )
 
@@ -58,10 +58,8 @@ def read_lora(
     for module, parts in pairs.items():
         path, cell = modules.cells.get(module, ("", None))
         if not isinstance(cell, tuple(method.adapt)):
-            what = "no module of this network" if cell is None else f"a {type(cell).__name__}, not for {called}"
-            what += ", which adapts dense layers" if cell is not None and method is DORA else ""
-            what += _checks.near(module, modules.cells) if cell is None else ""
-            problems.append(f"unexpected in the file: {module} is {what}")
+            only = ", which adapts dense layers" if method is DORA else ""
+            problems.append(unexpected(module, cell, modules, called + only))
             continue
         ranks[path] = peft_config.at_end(content.get("rank_pattern"), module, content["r"])
         alphas[path] = peft_config.at_end(content.get("alpha_pattern"), module, content["lora_alpha"])
@@ -82,7 +80,7 @@ def read_lora(
     problems += missing_whole(content, whole, pairs, modules)
     if not pairs:
         problems.append(f"there is no {called} tensor in the file")
-    bias = content.get("bias") or "none"
+    bias = peft_config.bias_of(content)
     kind: type[LoRAConfig] = DoRAConfig if method is DORA else LoRAConfig
     try:
         return kind(

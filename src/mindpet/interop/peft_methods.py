@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 from mindspore import Parameter, nn
 
-from mindpet import _checks
 from mindpet.delta.method import DeltaConfig, Method, PeftNames, RankedConfig, too_long
 from mindpet.delta.registry import METHODS
 from mindpet.graph.inject import MARKER, injections
@@ -19,6 +18,7 @@ from mindpet.interop.peft_modules import (
     module_targets,
     read_whole,
     trained_whole,
+    unexpected,
     without_marks,
 )
 
@@ -49,13 +49,7 @@ def read_method(
     for module, found in parts.items():
         path, cell = modules.cells.get(module, ("", None))
         if not isinstance(cell, tuple(method.adapt)):
-            near = _checks.near(module, modules.cells)
-            what = (
-                f"no module of this network{near}"
-                if cell is None
-                else f"a {type(cell).__name__}, not for {method.name}"
-            )
-            problems.append(f"unexpected in the file: {module} is {what}")
+            problems.append(unexpected(module, cell, modules, method.name))
             continue
         targets[path] = module
         for part, value in found.items():

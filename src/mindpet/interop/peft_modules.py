@@ -11,7 +11,7 @@ from mindspore import dtype as mstype
 from mindpet import _checks, _compat
 from mindpet.graph.inject import MARKER
 from mindpet.graph.targets import cells_by_path
-from mindpet.interop.peft_config import named_modules, saved_whole
+from mindpet.interop.peft_config import bias_of, named_modules, saved_whole
 from mindpet.models.loading import hugging_face_name, is_transposed
 
 Names = Mapping[str, str] | Callable[[str], str]
@@ -121,16 +121,23 @@ def read_whole(
     return values
 
 
+def unexpected(module: str, cell: nn.Cell | None, modules: Modules, method: str) -> str:
+    """The problem of tensors for a module that is not there, or that the method does not adapt."""
+    if cell is None:
+        return f"unexpected in the file: {module} is no module of this network{_checks.near(module, modules.cells)}"
+    return f"unexpected in the file: {module} is a {type(cell).__name__}, not for {method}"
+
+
 def missing_whole(
     content: Mapping[str, Any], whole: Collection[str], adapted: Collection[str], modules: Modules
 ) -> list[str]:
     """The parameters that ``modules_to_save`` and ``bias`` announce and the file does not hold."""
     saved = {module for module in modules.cells if saved_whole(content, module)}
-    missing = []
+    which, missing = bias_of(content), []
     for name in modules.parameters:
         module = name.rpartition(".")[0]
         below = module not in adapted and any(f"{module}.".startswith(f"{one}.") for one in saved)
-        bias = content.get("bias") == "all" or (content.get("bias") == "lora_only" and module in adapted)
+        bias = which == "all" or (which == "lora_only" and module in adapted)
         if name not in whole and (below or (bias and _is_bias(name))):
             missing.append(f"missing in the file: {name}")
     return missing

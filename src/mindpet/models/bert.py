@@ -298,7 +298,7 @@ class BertForSequenceClassification(nn.Cell):
             raise ValueError(f"'pooling' must be 'pooler' or 'mean', but got {_checks.shown(pooling)}.")
         num_labels = _checks.positive_int(type(self).__name__, "num_labels", num_labels)
         self.config, self.pooling = config, pooling
-        self.idle = ("bert.pooler",) if pooling == "mean" else ()  # is there for the files, and never called
+        self.mindpet_idle = ("bert.pooler",) if pooling == "mean" else ()  # is there for the files, and never called
         self.bert = BertModel(config)
         self.dropout = nn.Dropout(p=config.hidden_dropout_prob)
         start = Normal(config.initializer_range)
